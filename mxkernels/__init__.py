@@ -1,0 +1,41 @@
+"""Microscaling (MX) formats for training and serving, in Triton. Start at `quantize`; the bytes are `docs/numerics.md`."""
+
+from .files import load_file, save_file
+from .formats import FORMATS, ElementFormat
+from .ops import dequantize, quantize, quantize_pair
+from .spec import (
+    PRESETS,
+    Block,
+    MXSpec,
+    mxfp4,
+    mxfp6_e2m3,
+    mxfp6_e3m2,
+    mxfp8_e4m3,
+    mxfp8_e5m2,
+    mxint4,
+    mxint8,
+)
+from .tensor import MXTensor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FORMATS",
+    "PRESETS",
+    "Block",
+    "ElementFormat",
+    "MXSpec",
+    "MXTensor",
+    "dequantize",
+    "load_file",
+    "mxfp4",
+    "mxfp6_e2m3",
+    "mxfp6_e3m2",
+    "mxfp8_e4m3",
+    "mxfp8_e5m2",
+    "mxint4",
+    "mxint8",
+    "quantize",
+    "quantize_pair",
+    "save_file",
+]

@@ -1,0 +1,71 @@
+"""What a GPU can do, asked by name. Nothing else in the package knows a product or an architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an instruction set offers.
+
+    Attributes:
+        ptx: inline PTX assembles.
+        cvt_fp8: conversions between fp32/fp16 and E4M3/E5M2.
+        cvt_e2m1: conversions between fp32 and E2M1.
+        fp8_mma: matrix products of FP8 operands.
+        block_scaled_mma: matrix products of MX operands with their scales.
+    """
+
+    ptx: bool = False
+    cvt_fp8: bool = False
+    cvt_e2m1: bool = False
+    fp8_mma: bool = False
+    block_scaled_mma: bool = False
+
+
+NONE = Capabilities()
+
+_AMPERE = Capabilities(ptx=True)
+_ADA_HOPPER = Capabilities(ptx=True, cvt_fp8=True, fp8_mma=True)
+_BLACKWELL = Capabilities(ptx=True, cvt_fp8=True, cvt_e2m1=True, fp8_mma=True, block_scaled_mma=True)
+
+# A new GPU is a row here (and a run of the tuner).
+ARCHITECTURES: dict[str, Capabilities] = {
+    "sm_80": _AMPERE,
+    "sm_86": _AMPERE,
+    "sm_89": _ADA_HOPPER,
+    "sm_90": _ADA_HOPPER,
+    "sm_100": _BLACKWELL,
+    "sm_103": _BLACKWELL,
+    "sm_120": _BLACKWELL,
+    "gfx950": Capabilities(fp8_mma=True, block_scaled_mma=True),
+}
+
+
+def capabilities(architecture: str) -> Capabilities:
+    """The capabilities of `"sm_90"`, `"gfx950"` …; of an unknown one, none beyond what every such GPU has."""
+    known = ARCHITECTURES.get(architecture)
+    if known is None:
+        return _AMPERE if architecture.startswith("sm_") else NONE
+    return known
+
+
+@lru_cache
+def architecture(device: torch.device) -> str:
+    """`"sm_90"`, `"gfx950"` … for a CUDA or ROCm device, `"cpu"` for the CPU."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@lru_cache
+def device_capabilities(device: torch.device) -> Capabilities:
+    """The capabilities of a device; the CPU (where kernels run in the interpreter) has none."""
+    return capabilities(architecture(device))

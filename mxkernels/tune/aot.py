@@ -1,0 +1,100 @@
+"""Compile a launch for a GPU that is not here, and read what the compiler made of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled kernel: its target, its texts by stage (`ttgir`, `ptx`, `amdgcn` …) and its binary."""
+
+    architecture: str
+    texts: dict[str, Any]
+    shared_bytes: int
+
+    @cached_property
+    def assembly(self) -> str:
+        """PTX, or AMD's assembly."""
+        return self.texts["ptx"] if "ptx" in self.texts else self.texts["amdgcn"]
+
+    @cached_property
+    def sass(self) -> list[str]:
+        """The machine instructions (opcode first), without padding; NVIDIA only."""
+        text = self._tool("cuobjdump", "-sass")
+        lines = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][^;]*);", text)
+        while lines and lines[-1].startswith(("NOP", "BRA")):
+            lines.pop()
+        return lines
+
+    @cached_property
+    def spilled_bytes(self) -> int:
+        """Bytes of local memory a thread: what the registers did not hold."""
+        if "ptx" not in self.texts:
+            return int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", self.assembly)[1])  # type: ignore[index]
+        return int(re.search(r"STACK:(\d+)", self._tool("cuobjdump", "-res-usage"))[1])  # type: ignore[index]
+
+    @cached_property
+    def registers(self) -> int:
+        """Registers a thread."""
+        if "ptx" not in self.texts:
+            return int(re.search(r"\.vgpr_count:\s*(\d+)", self.assembly)[1])  # type: ignore[index]
+        return int(re.search(r"REG:(\d+)", self._tool("cuobjdump", "-res-usage"))[1])  # type: ignore[index]
+
+    def _tool(self, name: str, *flags: str) -> str:
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.texts["cubin"])
+            file.flush()
+            command = [str(tool), *flags, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def compile_launch(launch: Any, architecture: str) -> Compiled:
+    """Compile an `ops.launch.Launch` as the JIT would on `architecture` (`"sm_90"`, `"gfx950"` …).
+
+    Its tensors may be on the meta device: only dtypes, strides and alignment matter.
+    """
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = _POINTERS[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    options = {**launch.options, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=target(architecture), options=options)
+    return Compiled(architecture, compiled.asm, compiled.metadata.shared)
+
+
+def target(architecture: str) -> GPUTarget:
+    if architecture.startswith("sm_"):
+        return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    return GPUTarget("hip", architecture, 64)
