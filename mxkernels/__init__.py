@@ -1,4 +1,4 @@
-"""Microscaling (MX) formats for training and serving, in Triton. Start at `quantize`; the bytes are `docs/numerics.md`."""
+"""Microscaling (MX) formats for training and serving, in Triton. Start at `quantize`; bytes: `docs/numerics.md`."""
 
 from .files import load_file, save_file
 from .formats import FORMATS, ElementFormat

@@ -21,6 +21,7 @@ def save_file(tensors: Mapping[str, MXTensor | torch.Tensor], filename: str | os
 
     Raises:
         ValueError: two tensors would be stored under one name (`w.codes` beside an MXTensor `w`).
+        RuntimeError: two tensors share memory, such as an MXTensor and its `.T` (safetensors' own error).
     """
     plain: dict[str, torch.Tensor] = {}
     described = {}
@@ -58,11 +59,15 @@ def load_file(
     """
     with safe_open(os.fspath(filename), framework="pt", device=str(device)) as file:
         described = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
-        tensors: dict[str, MXTensor | torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}
+        parts = {name: file.get_tensor(name) for name in file.keys()}
+    quantised = {}
     for name, description in described.items():
-        parts = [tensors.pop(f"{name}.{part}", None) for part in ("codes", "scale", "offset")]
-        if parts[0] is None or parts[1] is None:
-            raise ValueError(f"{filename}: {name!r} is described, but its codes or scales are missing")
-        q = MXTensor(*parts, MXSpec.parse(description["spec"]), description["shape"])  # type: ignore[arg-type]
-        tensors[name] = q.T if description["transposed"] else q
-    return tensors
+        try:
+            spec, shape, transposed = (description[key] for key in ("spec", "shape", "transposed"))
+            spec = MXSpec.parse(spec)
+            stored = [parts.pop(f"{name}.{part}") for part in ("codes", "scale", "offset")[: 2 if spec.symmetric else 3]]
+        except (KeyError, TypeError) as missing:
+            raise ValueError(f"{filename}: {name!r} is described, but {missing} is missing") from None
+        q = MXTensor(stored[0], stored[1], None if spec.symmetric else stored[2], spec, shape)
+        quantised[name] = q.T if transposed else q
+    return {**parts, **quantised}

@@ -1,7 +1,7 @@
 """The oracle: quantise and dequantise in plain PyTorch, by tables and search in float64.
 
 It shares with the kernels nothing but the facts in `formats` and `spec`, so that a misunderstanding
-cannot hide in both. It also serves tensors on the CPU. Speed is not its aim; large tensors are worked on
+cannot hide in both. It serves tensors on the CPU, and runs on any device. Speed is not its aim; large tensors are worked on
 a band of rows at a time.
 """
 
@@ -14,7 +14,11 @@ from .spec import MXSpec
 
 NAN_BYTE = 255
 _BAND_ELEMENTS = 1 << 22
-_NAN_BITS = {torch.bfloat16: (torch.int16, 0x7FC0), torch.float16: (torch.int16, 0x7E00), torch.float32: (torch.int32, 0x7FC00000)}
+_NAN_BITS = {
+    torch.bfloat16: (torch.int16, 0x7FC0),
+    torch.float16: (torch.int16, 0x7E00),
+    torch.float32: (torch.int32, 0x7FC00000),
+}
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -31,17 +35,18 @@ def quantize(matrix: torch.Tensor, spec: MXSpec, seed: int | None = None) -> Par
         codes: uint8 `[R, P]`; scale: uint8 `[ceil(R/r), ceil(C/c)]`; offset: float16, as scale, or None.
     """
     rows, cols = matrix.shape
-    codes = torch.empty(rows, spec.packed_cols(cols), dtype=torch.uint8)
-    scale = torch.empty(spec.scale_shape(rows, cols), dtype=torch.uint8)
-    offset = None if spec.symmetric else torch.empty(scale.shape, dtype=torch.float16)
+    codes = matrix.new_empty((rows, spec.packed_cols(cols)), dtype=torch.uint8)
+    scale = matrix.new_empty(spec.scale_shape(rows, cols), dtype=torch.uint8)
+    offset = None if spec.symmetric else torch.empty_like(scale, dtype=torch.float16)
     block_rows = spec.block.rows
     band = max(_BAND_ELEMENTS // max(cols, 1) // block_rows, 1) * block_rows
-    for first in range(0, rows, band):
+    for first in range(0, rows if cols else 0, band):
         here = slice(first, min(first + band, rows))
         blocks = slice(first // block_rows, (here.stop + block_rows - 1) // block_rows)
-        band_codes, scale[blocks], band_offset = _quantize_band(matrix[here], spec, seed, first)
+        band_codes, band_scale, band_offset = _quantize_band(matrix[here], spec, seed, first)
         codes[here] = pack(band_codes, spec.element)
-        if offset is not None:
+        scale[blocks] = band_scale
+        if offset is not None and band_offset is not None:
             offset[blocks] = band_offset
     return codes, scale, offset
 
@@ -59,11 +64,11 @@ def dequantize(
     Scale byte 255 decodes to NaN. The sum with the offset is rounded to fp32 first, as the contract says.
     """
     rows = codes.shape[0]
-    out = torch.empty(rows, cols, dtype=dtype)
+    out = codes.new_empty((rows, cols), dtype=dtype)
     block_rows = spec.block.rows
     band = max(_BAND_ELEMENTS // max(cols, 1) // block_rows, 1) * block_rows
-    values = torch.tensor(spec.element.values, dtype=torch.float64)
-    for first in range(0, rows, band):
+    values = torch.tensor(spec.element.values, dtype=torch.float64, device=codes.device)
+    for first in range(0, rows if cols else 0, band):
         here = slice(first, min(first + band, rows))
         blocks = slice(first // block_rows, (here.stop + block_rows - 1) // block_rows)
         height = here.stop - first
@@ -98,7 +103,7 @@ def _quantize_band(x: torch.Tensor, spec: MXSpec, seed: int | None, first_row: i
     scale = (exponent + 127).masked_fill(bad, NAN_BYTE).to(torch.uint8)
 
     v = x.double() * power_of_two(-_spread(exponent, spec, rows, cols))
-    random = random_bits(rows, cols, seed, first_row) if spec.stochastic else None
+    random = random_bits(rows, cols, seed, first_row, x.device) if spec.stochastic else None
     codes = encode(v, element, random).masked_fill(_spread(bad, spec, rows, cols), 0)
     return codes, scale, offset
 
@@ -124,7 +129,7 @@ def scale_exponent(amax: torch.Tensor, element: ElementFormat, scale_rounding: s
 def encode(v: torch.Tensor, element: ElementFormat, random: torch.Tensor | None) -> torch.Tensor:
     """Steps 6 and 7: round float64 `v` on the format's grid. `random` holds 16 bits an element, or None for
     nearest-even. Returns uint8 codes, one a byte."""
-    table = torch.tensor(element.magnitudes, dtype=torch.float64)
+    table = torch.tensor(element.magnitudes, dtype=torch.float64, device=v.device)
     magnitude = v.abs()
     lower = torch.searchsorted(table, magnitude, right=True) - 1
     upper = (lower + 1).clamp(max=element.max_code)
@@ -141,12 +146,14 @@ def encode(v: torch.Tensor, element: ElementFormat, random: torch.Tensor | None)
     return (code + element.sign_bit * v.signbit()).to(torch.uint8)
 
 
-def random_bits(rows: int, cols: int, seed: int | None, first_row: int = 0) -> torch.Tensor:
+def random_bits(
+    rows: int, cols: int, seed: int | None, first_row: int = 0, device: torch.device | None = None
+) -> torch.Tensor:
     """The 16 random bits of each element of rows `first_row …` of a matrix of `cols` columns, as int64."""
     if seed is None:
         raise ValueError("seed is None; stochastic rounding needs 64 bits")
     groups = (cols + 7) // 8
-    counter = torch.arange(first_row * groups, (first_row + rows) * groups, dtype=torch.int64)
+    counter = torch.arange(first_row * groups, (first_row + rows) * groups, dtype=torch.int64, device=device)
     zero = torch.zeros_like(counter)
     words = philox((counter & 0xFFFFFFFF, counter >> 32, zero, zero), seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
@@ -172,7 +179,8 @@ def pack(codes: torch.Tensor, element: ElementFormat) -> torch.Tensor:
     rows, cols = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -cols % element.group))
     groups = padded.reshape(rows, -1, element.group).int()
-    stream = sum(groups[..., j] << (element.bits * j) for j in range(element.group))
+    shifts = element.bits * torch.arange(element.group, dtype=torch.int32, device=codes.device)
+    stream = (groups << shifts).sum(-1, dtype=torch.int32)
     planes = [(stream >> (8 * byte)) & 0xFF for byte in range(element.group_bytes)]
     return torch.stack(planes, dim=-1).to(torch.uint8).reshape(rows, -1)
 
@@ -181,7 +189,8 @@ def unpack(packed: torch.Tensor, element: ElementFormat, cols: int) -> torch.Ten
     """The inverse of `pack`: `[R, P]` bytes to `[R, cols]` codes."""
     rows = packed.shape[0]
     groups = packed.reshape(rows, -1, element.group_bytes).int()
-    stream = sum(groups[..., byte] << (8 * byte) for byte in range(element.group_bytes))
+    shifts = 8 * torch.arange(element.group_bytes, dtype=torch.int32, device=packed.device)
+    stream = (groups << shifts).sum(-1, dtype=torch.int32)
     mask = (1 << element.bits) - 1
     codes = torch.stack([(stream >> (element.bits * j)) & mask for j in range(element.group)], dim=-1)
     return codes.to(torch.uint8).reshape(rows, -1)[:, :cols]
@@ -204,7 +213,8 @@ def _blockwise(x: torch.Tensor, spec: MXSpec, fill: float) -> torch.Tensor:
     r, c = spec.block.rows, spec.block.cols
     rows, cols = x.shape
     padded = torch.nn.functional.pad(x, (0, -cols % c, 0, -rows % r), value=fill)
-    return padded.unfold(0, r, r).unfold(1, c, c).flatten(2)
+    down, across = spec.scale_shape(rows, cols)
+    return padded.reshape(down, r, across, c).transpose(1, 2).reshape(down, across, r * c)
 
 
 def _spread(per_block: torch.Tensor, spec: MXSpec, rows: int, cols: int) -> torch.Tensor:

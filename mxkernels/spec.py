@@ -27,7 +27,7 @@ class Block:
 
     def __post_init__(self) -> None:
         for side in (self.rows, self.cols):
-            power_of_two = isinstance(side, int) and side > 0 and side & (side - 1) == 0
+            power_of_two = type(side) is int and side > 0 and side & (side - 1) == 0
             if not power_of_two or side > MAX_BLOCK_SIDE:
                 raise ValueError(f"block {self}: each side must be a power of two from 1 to {MAX_BLOCK_SIDE}")
         if self.rows * self.cols < 2:
@@ -83,7 +83,7 @@ class MXSpec:
         if isinstance(block, str):
             block = Block.parse(block)
         elif not isinstance(block, Block):
-            if len(block) != 2:
+            if not isinstance(block, Sequence) or len(block) != 2:
                 raise ValueError(f"block {block!r}: give rows and columns, such as (1, 32)")
             block = Block(*block)
         if not isinstance(symmetric, bool):
@@ -106,9 +106,7 @@ class MXSpec:
             element, block, rounding, scale_rounding, symmetry = text.split()
             symmetric = {"symmetric": True, "asymmetric": False}[symmetry]
         except (ValueError, KeyError):
-            raise ValueError(
-                f"spec {text!r}: write 'e2m1 1x32 rtne even symmetric' (or 'asymmetric')"
-            ) from None
+            raise ValueError(f"spec {text!r}: write 'e2m1 1x32 rtne even symmetric' (or 'asymmetric')") from None
         return cls(element, block, rounding, scale_rounding, symmetric)  # type: ignore[arg-type]
 
     @property
@@ -123,10 +121,9 @@ class MXSpec:
     @property
     def can_saturate(self) -> bool:
         """Whether a block's largest element may lie beyond the format's `max` once scaled."""
-        never = self.scale_rounding == "rceil" or (
-            self.scale_rounding == "ceil" and not self.element.twos_complement
-        )
-        return not never
+        if self.scale_rounding == "ceil":
+            return 2.0**self.element.emax > self.element.max
+        return self.scale_rounding != "rceil"
 
     @property
     def bits_per_element(self) -> float:
@@ -146,13 +143,14 @@ class MXSpec:
 
     def __str__(self) -> str:
         symmetry = "symmetric" if self.symmetric else "asymmetric"
-        return f"{self.element.name} {self.block} {self.rounding} {self.scale_rounding} {symmetry}"
+        block = f"{self.block.rows}x{self.block.cols}"  # not str(block), which torch.compile cannot trace
+        return f"{self.element.name} {block} {self.rounding} {self.scale_rounding} {symmetry}"
 
 
 def _allowed(argument: str, value: object, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ValueError(f"{argument} is {value!r}; allowed: {', '.join(allowed)}")
-    return value  # type: ignore[return-value]
+    return value
 
 
 mxfp4 = MXSpec("e2m1")

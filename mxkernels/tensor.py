@@ -73,11 +73,10 @@ class MXTensor:
         """The same tensor on another device."""
         if isinstance(device, torch.dtype):
             raise TypeError(f"MXTensor.to takes a device, not {device}; dequantize({device}) converts")
-        parts = [
-            part if part is None else part.to(device, non_blocking=non_blocking)
-            for part in (self.codes, self.scale, self.offset)
-        ]
-        return MXTensor(*parts, self.spec, self.shape, self.transposed)  # type: ignore[arg-type]
+        codes = self.codes.to(device, non_blocking=non_blocking)
+        scale = self.scale.to(device, non_blocking=non_blocking)
+        offset = None if self.offset is None else self.offset.to(device, non_blocking=non_blocking)
+        return MXTensor(codes, scale, offset, self.spec, self.shape, self.transposed)
 
     @property
     def device(self) -> torch.device:

@@ -186,7 +186,7 @@ def _dequantize_cpu(
 ) -> torch.Tensor:
     out = _dequantize_fake(codes, scale, offset, text, cols, dtype)
     matrix = codes.reshape(_matrix_shape(codes.shape))
-    out.view(-1, cols).copy_(reference.dequantize(matrix, scale, offset, MXSpec.parse(text), cols, dtype))
+    out.view(matrix.shape[0], cols).copy_(reference.dequantize(matrix, scale, offset, MXSpec.parse(text), cols, dtype))
     return out
 
 
@@ -196,8 +196,9 @@ def _dequantize_cuda(
     from .dequantize import dequantize_launch
 
     out = _dequantize_fake(codes, scale, offset, text, cols, dtype)
-    parts = [part if part is None else part.contiguous() for part in (codes, scale, offset)]
-    dequantize_launch(*parts, MXSpec.parse(text), out.view(_matrix_shape(out.shape))).run(codes.device)
+    codes, scale = codes.contiguous(), scale.contiguous()
+    offset = None if offset is None else offset.contiguous()
+    dequantize_launch(codes, scale, offset, MXSpec.parse(text), out.view(_matrix_shape(out.shape))).run(codes.device)
     return out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _TILE_ELEMENTS = 4096
-_SMALLEST_SIDE = 8  # whole groups of packed codes and of random bits
+_SMALLEST_SIDE = 16  # whole 32-bit words of packed codes, whole groups of random bits
 
 
 @dataclass(frozen=True)

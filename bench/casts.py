@@ -1,0 +1,104 @@
+"""The recorded measurements of the casts: groups of cases, and a command that measures one of them.
+
+    python bench/casts.py GROUP --results DIR      writes DIR/<gpu>-<GROUP>.json
+
+The schema is that of `mxkernels bench --format json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from mxkernels import FORMATS, MXSpec, report
+from mxkernels.bench import Bench, Case
+from mxkernels.environment import device_name, environment
+from mxkernels.perf import DEFAULT_SHAPE
+
+LARGE = DEFAULT_SHAPE["cuda"]
+E2M1 = MXSpec("e2m1")
+TILES = replace(E2M1, block=MXSpec("e2m1", "4x4").block)
+
+
+def quantize(*specs: MXSpec, shape: tuple[int, ...] = LARGE, **options: Any) -> list[Case]:
+    return [Case("quantize", spec, shape, **options) for spec in specs]
+
+
+def dequantize(*specs: MXSpec, shape: tuple[int, ...] = LARGE, **options: Any) -> list[Case]:
+    return [Case("dequantize", spec, shape, **options) for spec in specs]
+
+
+def casts() -> list[Case]:
+    """Every axis of the contract, one at a time away from e2m1, 1x32, rtne, even, symmetric, bf16."""
+    stochastic = [replace(spec, rounding="stochastic") for spec in (E2M1, TILES)]
+    asymmetric = [MXSpec(element, symmetric=False) for element in ("e2m1", "int4")]
+    few = [E2M1, TILES, MXSpec("e4m3")]
+    return [
+        *quantize(*(MXSpec(element) for element in FORMATS)),
+        *quantize(*(MXSpec("e2m1", block) for block in ("1x16", "4x4", "16x16", "32x32", "32x1"))),
+        *quantize(*(MXSpec("e2m1", scale_rounding=rule) for rule in ("floor", "ceil", "rceil"))),
+        *quantize(*stochastic, *asymmetric),
+        *quantize(*few, transposed=True),
+        *(Case("quantize_pair", spec, LARGE) for spec in few),
+        *dequantize(*(MXSpec(element, block) for element in FORMATS for block in ("1x32", "4x4"))),
+        *dequantize(*asymmetric),
+        *(case for dtype in (torch.float16, torch.float32) for case in quantize(*few, dtype=dtype)),
+        *(case for dtype in (torch.float16, torch.float32) for case in dequantize(*few, dtype=dtype)),
+        *quantize(*few, *stochastic, shape=(4096, 4096)),
+        *dequantize(*few, shape=(4096, 4096)),
+    ]
+
+
+def sizes() -> list[Case]:
+    """Time against size, 2**20 to 2**31 elements and the first square beyond."""
+    shapes = [(1 << (bits // 2), 1 << (bits - bits // 2)) for bits in (*range(20, 31, 2), 31)] + [(47104, 47104)]
+    return [Case(op, E2M1, shape) for shape in shapes for op in ("quantize", "dequantize")]
+
+
+def overhead() -> list[Case]:
+    """Tensors so small that the host's work is what a call costs."""
+    specs = [E2M1, TILES, replace(E2M1, rounding="stochastic")]
+    return [Case(op, spec, (64, 64)) for spec in specs for op in ("quantize", "dequantize", "quantize_pair")]
+
+
+GROUPS = {"casts": casts, "sizes": sizes, "overhead": overhead}
+
+
+def measure(group: str, bench: Bench, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """The rows of a group; those of `overhead` also say how long the host is busy with one call (`host_us`)."""
+    rows = []
+    for number, case in enumerate(cases, 1):
+        row = bench.row(case)
+        if group == "overhead":
+            row["host_us"] = bench.host(case).median_us
+        rows.append(row)
+        print(f"{number}/{len(cases)} {case}: {row['median_us']:.1f} us, {row['fraction_of_limit']:.3f}", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("--results", type=Path, required=True, metavar="DIR")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch sees no GPU, and these are a GPU's measurements")
+    device = torch.device("cuda", torch.cuda.current_device())
+    rows = measure(arguments.group, Bench(device), GROUPS[arguments.group]())
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    name = device_name(device).lower().replace(" ", "-")
+    path = arguments.results / f"{name}-{arguments.group}.json"
+    path.write_text(report.render("json", environment(device), rows), encoding="utf-8")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

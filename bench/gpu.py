@@ -1,0 +1,136 @@
+"""What `make gpu` runs: the tests on a GPU and the recorded measurements, in pieces that can be resumed.
+
+    python bench/gpu.py --results DIR [--only PIECE] [--list]
+
+Each piece is a process of at most `LIMIT_S` seconds, recorded in DIR/<piece>.json as soon as it ends: status,
+seconds, commit, the end of its output. A piece that has passed is not run again while the sources are the same.
+Nothing is installed: it runs on this interpreter with what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from mxkernels.environment import digest, revision
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT_S = 570
+TAIL = 6000  # characters of output that are kept
+NO_TESTS_RAN = 5  # pytest's exit status
+
+MEASUREMENTS = ("casts", "overhead", "sizes")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One process: its name, which is also its record's, and its arguments to this Python."""
+
+    name: str
+    arguments: tuple[str, ...]
+
+
+def pieces(results: Path) -> list[Piece]:
+    """The test files that need a GPU, found by their marker, then the measurements."""
+    tests = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
+    pytest = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
+    return [
+        *(Piece(path.stem, (*pytest, f"tests/{path.name}")) for path in tests),
+        *(Piece(f"measure_{group}", ("bench/casts.py", group, "--results", str(results))) for group in MEASUREMENTS),
+    ]
+
+
+def run(piece: Piece) -> dict[str, Any]:
+    """Run a piece to its end or its limit. Its record."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, *piece.arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that what it starts ends with it
+    )
+    try:
+        output, _ = process.communicate(timeout=LIMIT_S)
+        status = {0: "passed", NO_TESTS_RAN: "nothing ran"}.get(process.returncode, "failed")
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        status = "timed out"
+    return {
+        "piece": piece.name,
+        "status": status,
+        "seconds": round(time.monotonic() - start, 1),
+        **revision(),
+        "sources": sources(),
+        "command": [sys.executable, *piece.arguments],
+        "output_tail": output[-TAIL:],
+    }
+
+
+def sources() -> str:
+    """What tells apart all that a piece's outcome depends on."""
+    return digest(ROOT / "mxkernels", ROOT / "tests", ROOT / "bench")
+
+
+def record(results: Path, piece: Piece) -> dict[str, Any]:
+    """What is recorded of a piece; nothing, if that was of other sources."""
+    try:
+        found: dict[str, Any] = json.loads((results / f"{piece.name}.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if found.get("sources") == sources() else {}
+
+
+def run_all(results: Path, chosen: list[Piece], again: bool) -> Iterator[bool]:
+    """Run the pieces that have not passed yet, or all if `again`; whether each is well."""
+    for piece in chosen:
+        if not again and record(results, piece).get("status") == "passed":
+            print(f"{piece.name}: passed before", flush=True)
+            continue
+        print(f"{piece.name} ...", flush=True)
+        outcome = run(piece)
+        (results / f"{piece.name}.json").write_text(json.dumps(outcome, indent=1) + "\n", "utf-8")
+        print(f"{piece.name}: {outcome['status']} in {outcome['seconds']} s", flush=True)
+        if outcome["status"] != "passed":
+            print(outcome["output_tail"], flush=True)
+        yield outcome["status"] in ("passed", "nothing ran")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True, metavar="DIR", help="where records are written")
+    parser.add_argument("--only", metavar="PIECE", help="run this piece alone, also if it has passed")
+    parser.add_argument("--list", action="store_true", help="print the pieces and what is recorded of them")
+    arguments = parser.parse_args()
+    results = arguments.results.resolve()
+    known = pieces(results)
+    if arguments.list:
+        for piece in known:
+            print(f"{piece.name}: {record(results, piece).get('status', 'to run')}")
+        return
+    chosen = [piece for piece in known if arguments.only in (None, piece.name)]
+    if not chosen:
+        parser.error(f"--only {arguments.only}: allowed: {', '.join(piece.name for piece in known)}")
+    results.mkdir(parents=True, exist_ok=True)
+    well = list(run_all(results, chosen, again=arguments.only is not None))
+    sys.exit(0 if all(well) else 1)
+
+
+if __name__ == "__main__":
+    main()

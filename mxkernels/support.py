@@ -1,0 +1,75 @@
+"""What runs how on which GPU: one row an op, asked of its capabilities. A new op adds its row here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from .formats import FORMATS, ElementFormat
+from .gpu import NONE, Capabilities
+
+Kind = Literal["native", "folded", "decoded", "unsupported"]
+
+
+@dataclass(frozen=True)
+class Support:
+    """How an op serves a format.
+
+    Attributes:
+        kind: native, the hardware knows the format; folded, it is rewritten without loss into one that the
+            hardware knows; decoded, its bits are computed by ordinary arithmetic; unsupported.
+        instruction: what does the work.
+    """
+
+    kind: Kind
+    instruction: str
+
+
+def _quantize_nearest(element: ElementFormat, capabilities: Capabilities) -> Support:
+    small_float = not element.twos_complement
+    fp8 = "e4m3" if element.mantissa_bits == 3 else "e5m2"
+    if small_float and element.bits == 8 and capabilities.cvt_fp8:
+        return Support("native", f"cvt.rn.satfinite.{fp8}x2.f32")
+    if small_float and element.bits == 6 and capabilities.cvt_fp8:
+        return Support("folded", f"cvt.rn.satfinite.{fp8}x2.f32")
+    if small_float and element.bits == 4 and capabilities.ptx:
+        return Support("decoded", "cvt.rn.f16x2.f32")
+    return Support("decoded", _ARITHMETIC)
+
+
+def _quantize_stochastic(element: ElementFormat, capabilities: Capabilities) -> Support:
+    return Support("decoded", "mul.rz.f32" if capabilities.ptx else _ARITHMETIC)
+
+
+def _dequantize(element: ElementFormat, capabilities: Capabilities) -> Support:
+    return Support("decoded", _ARITHMETIC)
+
+
+def _not_yet(element: ElementFormat, capabilities: Capabilities) -> Support:
+    return Support("unsupported", "not written yet")
+
+
+_ARITHMETIC = "integer and fp32 arithmetic"
+
+# What stands behind a comma is the rounding; quantize_pair is quantize.
+OPS: dict[str, Callable[[ElementFormat, Capabilities], Support]] = {
+    "quantize, rtne": _quantize_nearest,
+    "quantize, stochastic": _quantize_stochastic,
+    "dequantize": _dequantize,
+    "matmul": _not_yet,
+    "linear": _not_yet,
+}
+
+
+def support(op: str, element: ElementFormat, capabilities: Capabilities | None) -> Support:
+    """How `op` serves `element` on a GPU with these capabilities; None is the CPU."""
+    found = OPS[op](element, capabilities or NONE)
+    if capabilities is None and found.kind != "unsupported":
+        return Support("decoded", "the PyTorch reference: tables and search in float64")
+    return found
+
+
+def support_matrix(capabilities: Capabilities | None) -> dict[str, dict[str, Support]]:
+    """By op, then by format name."""
+    return {op: {name: support(op, element, capabilities) for name, element in FORMATS.items()} for op in OPS}

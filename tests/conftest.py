@@ -1,0 +1,43 @@
+"""Where the tests run: on the GPU if there is one, else in Triton's interpreter and on the CPU reference.
+
+Markers: `gpu` needs a GPU; `interpreter` launches kernels on CPU tensors, which a machine with a GPU compiles
+instead. Both are skipped, with the reason printed, where they cannot run.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+try:
+    import hypothesis
+except ImportError:  # a machine that only runs the GPU's tests may lack it
+    hypothesis = None
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read while Triton is imported, so before any test module is
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers are the parallelism
+
+# A first example may import or compile for seconds, so no deadline; the same examples on every run.
+if hypothesis:
+    hypothesis.settings.register_profile("mxkernels", deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("mxkernels")
+
+
+# The marker of the tests that cannot run here, and why.
+ABSENT, REASON = (
+    ("interpreter", "there is a GPU: kernels are compiled, not interpreted")
+    if HAS_GPU
+    else ("gpu", "no GPU on this machine")
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker(ABSENT):
+            item.add_marker(pytest.mark.skip(reason=REASON))
