@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -14,6 +14,7 @@ class Capabilities:
 
     Attributes:
         ptx: inline PTX assembles.
+        xorsign: the smaller magnitude of two, with the product of their signs, in one instruction.
         cvt_fp8: conversions between fp32/fp16 and E4M3/E5M2.
         cvt_e2m1: conversions between fp32 and E2M1.
         fp8_mma: matrix products of FP8 operands.
@@ -21,6 +22,7 @@ class Capabilities:
     """
 
     ptx: bool = False
+    xorsign: bool = False
     cvt_fp8: bool = False
     cvt_e2m1: bool = False
     fp8_mma: bool = False
@@ -29,14 +31,15 @@ class Capabilities:
 
 NONE = Capabilities()
 
-_AMPERE = Capabilities(ptx=True)
-_ADA_HOPPER = Capabilities(ptx=True, cvt_fp8=True, fp8_mma=True)
-_BLACKWELL = Capabilities(ptx=True, cvt_fp8=True, cvt_e2m1=True, fp8_mma=True, block_scaled_mma=True)
+_PTX = Capabilities(ptx=True)
+_AMPERE_86 = replace(_PTX, xorsign=True)
+_ADA_HOPPER = replace(_AMPERE_86, cvt_fp8=True, fp8_mma=True)
+_BLACKWELL = replace(_ADA_HOPPER, cvt_e2m1=True, block_scaled_mma=True)
 
 # A new GPU is a row here (and a run of the tuner).
 ARCHITECTURES: dict[str, Capabilities] = {
-    "sm_80": _AMPERE,
-    "sm_86": _AMPERE,
+    "sm_80": _PTX,
+    "sm_86": _AMPERE_86,
     "sm_89": _ADA_HOPPER,
     "sm_90": _ADA_HOPPER,
     "sm_100": _BLACKWELL,
@@ -50,7 +53,7 @@ def capabilities(architecture: str) -> Capabilities:
     """The capabilities of `"sm_90"`, `"gfx950"` …; of an unknown one, none beyond what every such GPU has."""
     known = ARCHITECTURES.get(architecture)
     if known is None:
-        return _AMPERE if architecture.startswith("sm_") else NONE
+        return _PTX if architecture.startswith("sm_") else NONE
     return known
 
 

@@ -41,16 +41,34 @@ class MXTensor:
         shape: Iterable[int],
         transposed: bool = False,
     ) -> None:
+        self._hold(codes, scale, offset, spec, shape, transposed)
+        if transposed:
+            check_parts(codes.T, scale.T, None if offset is None else offset.T, spec.T, self.shape[::-1])
+        else:
+            check_parts(codes, scale, offset, spec, self.shape)
+
+    def _hold(
+        self,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        offset: torch.Tensor | None,
+        spec: MXSpec,
+        shape: Iterable[int],
+        transposed: bool = False,
+    ) -> None:
         self.codes = codes
         self.scale = scale
         self.offset = offset
         self.spec = spec
         self.shape = torch.Size(shape)
         self.transposed = transposed
-        if transposed:
-            check_parts(codes.T, scale.T, None if offset is None else offset.T, spec.T, self.shape[::-1])
-        else:
-            check_parts(codes, scale, offset, spec, self.shape)
+
+    @classmethod
+    def unchecked(cls, *arguments: Any) -> MXTensor:
+        """The same from parts that are known to fit, without looking at them."""
+        tensor = cls.__new__(cls)
+        tensor._hold(*arguments)
+        return tensor
 
     @property
     def T(self) -> MXTensor:
@@ -116,5 +134,5 @@ def check_parts(
 
 
 def _check_part(name: str, part: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if part.dtype != dtype or tuple(part.shape) != shape:
+    if part.dtype != dtype or part.shape != shape:
         raise ValueError(f"{name} is {part.dtype} {list(part.shape)}; allowed here: {dtype} {list(shape)}")

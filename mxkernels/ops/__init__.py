@@ -7,6 +7,7 @@ travels as its text (`str(spec)`), since schemas know no dataclasses.
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 
@@ -46,7 +47,8 @@ def quantize(x: torch.Tensor, spec: MXSpec, seed: int | torch.Tensor | None = No
     A block that holds NaN or Inf becomes NaN as a whole. Source: `docs/numerics.md`.
     """
     _check_input(x, spec)
-    parts = torch.ops.mxkernels.quantize(x.detach(), str(spec), _seed_tensor(seed, spec, x.device))
+    op = _quantize_cuda if _is_eager(x) else torch.ops.mxkernels.quantize.default
+    parts = op(_plain(x), str(spec), _seed_tensor(seed, spec, x.device))
     return _as_tensor(parts, spec, x.shape)
 
 
@@ -57,7 +59,8 @@ def quantize_pair(x: torch.Tensor, spec: MXSpec, seed: int | torch.Tensor | None
     transpose of the matrix `[rows, columns]` that it flattens to.
     """
     _check_input(x, spec)
-    parts = torch.ops.mxkernels.quantize_pair(x.detach(), str(spec), _seed_tensor(seed, spec, x.device))
+    op = _quantize_pair_cuda if _is_eager(x) else torch.ops.mxkernels.quantize_pair.default
+    parts = op(_plain(x), str(spec), _seed_tensor(seed, spec, x.device))
     rows, cols = _matrix_shape(x.shape)
     half = len(parts) // 2
     return _as_tensor(parts[:half], spec, x.shape), _as_tensor(parts[half:], spec, (cols, rows))
@@ -87,6 +90,20 @@ def _check_input(x: torch.Tensor, spec: MXSpec) -> None:
         raise TypeError(f"x is a {type(x).__name__}; allowed: a torch.Tensor")
     if not isinstance(spec, MXSpec):
         raise TypeError(f"spec is a {type(spec).__name__}; allowed: MXSpec, such as mxkernels.mxfp4")
+
+
+def _is_eager(x: torch.Tensor) -> bool:
+    """Whether nothing but the kernel would come of dispatching an op on `x`, which takes longer than launching it."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.is_cuda
+        and type(x) is torch.Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    return x.detach() if x.requires_grad else x
 
 
 def _check_matrix(x: torch.Tensor) -> None:
@@ -120,7 +137,7 @@ def _matrix_shape(shape: torch.Size) -> tuple[int, int]:
 
 
 def _as_tensor(parts: list[torch.Tensor], spec: MXSpec, shape: tuple[int, ...]) -> MXTensor:
-    return MXTensor(parts[0], parts[1], None if spec.symmetric else parts[2], spec, shape)
+    return MXTensor.unchecked(parts[0], parts[1], None if spec.symmetric else parts[2], spec, shape)
 
 
 def _empty_parts(x: torch.Tensor, leading: tuple[int, ...], rows: int, cols: int, spec: MXSpec) -> list[torch.Tensor]:
@@ -159,11 +176,21 @@ def _quantize_pair_cpu(x: torch.Tensor, text: str, seed: torch.Tensor | None) ->
 
 
 def _quantize_cuda(x: torch.Tensor, text: str, seed: torch.Tensor | None, pair: bool = False) -> list[torch.Tensor]:
-    from .quantize import quantize_launch
+    from .quantize import quantize_launch, quantize_tensors
 
-    parts = (_quantize_pair_fake if pair else _quantize_fake)(x, text, seed)
-    matrix = x.reshape(_matrix_shape(x.shape))  # a view, or a copy where the leading dimensions do not merge
-    quantize_launch(matrix, MXSpec.parse(text), seed, parts).run(x.device)
+    spec = MXSpec.parse(text)
+    key = (text, pair, x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % 16, seed is None or seed.data_ptr() % 16)
+    known = _relaunches.get(key)
+    # A view, or a copy where the leading dimensions do not merge.
+    matrix = x if x.dim() == 2 else x.reshape(_matrix_shape(x.shape))
+    if known is None:
+        parts = (_quantize_pair_fake if pair else _quantize_fake)(x, text, seed)
+        relaunch = quantize_launch(matrix, spec, seed, parts).run(x.device)
+        _remember(key, relaunch, [(part.shape, part.dtype) for part in parts])
+    else:
+        relaunch, shapes = known
+        parts = [torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in shapes]
+        relaunch.run(*quantize_tensors(matrix, seed, parts, spec))
     return parts
 
 
@@ -195,11 +222,32 @@ def _dequantize_cuda(
 ) -> torch.Tensor:
     from .dequantize import dequantize_launch
 
-    out = _dequantize_fake(codes, scale, offset, text, cols, dtype)
     codes, scale = codes.contiguous(), scale.contiguous()
     offset = None if offset is None else offset.contiguous()
-    dequantize_launch(codes, scale, offset, MXSpec.parse(text), out.view(_matrix_shape(out.shape))).run(codes.device)
+    parts = (codes, scale, offset)
+    key = (text, cols, dtype, codes.device, *((p.shape, p.dtype, p.data_ptr() % 16) for p in parts if p is not None))
+    known = _relaunches.get(key)
+    if known is None:
+        out = _dequantize_fake(codes, scale, offset, text, cols, dtype)
+        matrix = out.view(_matrix_shape(out.shape))
+        relaunch = dequantize_launch(*parts, MXSpec.parse(text), matrix).run(codes.device)
+        _remember(key, relaunch, [(out.shape, dtype)])
+    else:
+        relaunch, [(shape, _)] = known
+        out = torch.empty(shape, dtype=dtype, device=codes.device)
+        relaunch.run(*parts, out)
     return out
+
+
+# What a kernel's compilation and arguments depend on, to the kernel ready to launch and what it writes.
+_relaunches: dict[tuple[Any, ...], tuple[Any, list[tuple[torch.Size, torch.dtype]]]] = {}
+_MOST_RELAUNCHES = 4096
+
+
+def _remember(key: tuple[Any, ...], relaunch: Any, outputs: list[tuple[torch.Size, torch.dtype]]) -> None:
+    if len(_relaunches) >= _MOST_RELAUNCHES:
+        _relaunches.clear()
+    _relaunches[key] = (relaunch, outputs)
 
 
 for _name, _fake, _cpu, _cuda in (

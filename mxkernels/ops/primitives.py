@@ -15,26 +15,46 @@ NAN_BYTE = tl.constexpr(255)
 
 
 @triton.constexpr_function
-def fp4_assembly(mantissa_bits, max_code, saturate):
-    """PTX of `fp4_words`: $1 … $8 to $0."""
-    shift = 10 - mantissa_bits
+def nearest_fp4_assembly(element, saturate, xorsign):
+    """PTX of `nearest_fp4`: fp32 $1 … $4 to 16 bits in $0."""
+    shift = 10 - element.mantissa_bits
     both = "0x{0:04x}{0:04x}".format
-    lines = [".reg .b32 t, even, odd, limit, h0, h1, h2, h3;"]
-    if saturate:
-        lines.append(f"mov.b32 limit, {both(max_code << shift)};")
-    for pair in range(4):
+    lines = [".reg .b32 t, limit, h0, h1;"]
+    for pair in range(2):
         h = f"h{pair}"
         lines.append(f"cvt.rn.f16x2.f32 {h}, ${2 * pair + 2}, ${2 * pair + 1};")
-        if saturate:
-            lines.append(f"min.f16x2 {h}, {h}, limit; neg.f16x2 t, limit; max.f16x2 {h}, {h}, t;")
+        if saturate and xorsign:
+            lines.append(f"mov.b32 limit, {both(element.max_code << shift)};")
+            lines.append(f"min.xorsign.abs.f16x2 {h}, {h}, limit;")
+        elif saturate:
+            lines.append(f"mov.b32 limit, {both(element.max_code << shift)}; min.f16x2 {h}, {h}, limit;")
+            lines.append(f"mov.b32 limit, {both(0x8000 | element.max_code << shift)}; max.f16x2 {h}, {h}, limit;")
         lines.append(f"shr.b32 t, {h}, {shift}; and.b32 t, t, 0x00010001;")
         lines.append(f"add.u32 {h}, {h}, t; add.u32 {h}, {h}, {both((1 << (shift - 1)) - 1)};")
         # sign and code to the top four bits of each half, what is below them undefined
         lines.append(f"shl.b32 t, {h}, {12 - shift}; lop3.b32 {h}, t, {h}, 0x7fff7fff, 0xe4;")
-    # bytes 1 and 3 of the halves: elements 0 2 4 6 and 1 3 5 7
-    lines.append("prmt.b32 h0, h0, h1, 0x7351; prmt.b32 h2, h2, h3, 0x7351;")
-    lines.append("prmt.b32 even, h0, h2, 0x5410; prmt.b32 odd, h0, h2, 0x7632;")
-    lines.append("shr.b32 even, even, 4; lop3.b32 $0, even, odd, 0x0f0f0f0f, 0xe4;")
+    # the halves' upper bytes: elements 0 2 1 3, then 0 2 moved beside 1 3
+    lines.append("prmt.b32 h0, h0, h1, 0x7351; shr.b32 h1, h0, 4; shr.b32 h0, h0, 16;")
+    lines.append("lop3.b32 $0, h1, h0, 0x0f0f, 0xe4; and.b32 $0, $0, 0xffff;")
+    return "{ " + " ".join(lines) + " }"
+
+
+@triton.constexpr_function
+def stochastic_fp4_assembly(element, saturate):
+    """PTX of `stochastic_fp4`: fp32 $1 … $4 and random words $5, $6 to 16 bits in $0."""
+    lines = [".reg .b32 units, random, code; .reg .f32 v; mov.b32 $0, 0;"]
+    for place in reversed(range(4)):
+        word, x = f"${5 + place // 2}", f"${1 + place}"
+        lines.append(f"abs.f32 v, {x};")
+        if saturate:
+            lines.append(f"min.f32 v, v, {element.max:.1f};")
+        lines.append(f"mul.rz.f32 v, v, 0f{element.bias << 23:08x};")  # 2**(bias - 127)
+        lines.append("mov.b32 units, v;")
+        lines.append(f"{'shl' if place % 2 == 0 else 'shr'}.b32 random, {word}, {12 if place % 2 == 0 else 4};")
+        lines.append("lop3.b32 random, random, 0x0ffff000, 0x800, 0xea;")  # (a & b) | c: 16 bits and a half
+        lines.append(f"mad.lo.u32 code, units, {1 << (28 - element.dropped_bits)}, random;")
+        lines.append(f"lop3.b32 code, code, {x}, 0x7fffffff, 0xe4;")  # sign and code in the top four bits
+        lines.append("shf.l.wrap.b32 $0, code, $0, 4;")
     return "{ " + " ".join(lines) + " }"
 
 
@@ -62,26 +82,43 @@ def to_fp32(x):
 
 @triton.jit
 def from_fp32(x, is_nan, DTYPE: tl.constexpr, GPU: tl.constexpr):
-    """fp32 `[R, 2 n]` to DTYPE, nearest-even; where `is_nan`, the contract's NaN, whose bits hardware varies."""
-    if DTYPE == tl.float32:
+    """fp32 `[R, 2 n]` to DTYPE, nearest-even, with the contract's NaN, whose bits hardware varies.
+
+    `is_nan` says where, if that is known without looking at `x`; else it is None.
+    """
+    if DTYPE != tl.float32 and GPU.ptx:
+        return from_fp32_pairs(x, is_nan, DTYPE)
+    elif is_nan is None:
+        return from_fp32(x, x != x, DTYPE, GPU)
+    elif DTYPE == tl.float32:
         return value_of(tl.where(is_nan, 0x7FC00000, bits_of(x)))
-    NAN: tl.constexpr = 0x7FC0 if DTYPE == tl.bfloat16 else 0x7E00
-    if GPU.ptx:
-        ASSEMBLY: tl.constexpr = (
-            "cvt.rn.bf16x2.f32 $0, $2, $1;" if DTYPE == tl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
-        )
-        even, odd = split2(x)
-        words = tl.inline_asm_elementwise(ASSEMBLY, "=r,f,f", [even, odd], tl.int32, is_pure=True, pack=1)
-        even_nan, odd_nan = split2(tl.where(is_nan, 0xFFFF, 0))
-        nans = even_nan | (odd_nan << 16)
-        words = (words & ~nans) | (nans & (NAN * 0x10001))
-        bits = join2(words, words >> 16)
     elif DTYPE == tl.bfloat16:
         bits = bits_of(x)
-        bits = tl.where(is_nan, NAN, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+        bits = tl.where(is_nan, 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+        return bits.to(tl.int16).to(DTYPE, bitcast=True)
     else:
-        bits = tl.where(is_nan, NAN, x.to(tl.float16).to(tl.int16, bitcast=True))
-    return bits.to(tl.int16).to(DTYPE, bitcast=True)
+        bits = tl.where(is_nan, 0x7E00, x.to(tl.float16).to(tl.int16, bitcast=True))
+        return bits.to(tl.int16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def from_fp32_pairs(x, is_nan, DTYPE: tl.constexpr):
+    """`from_fp32` by the hardware, whose NaN is 0x7FFF in both 16-bit types, two elements at a time."""
+    NAN: tl.constexpr = 0x7FC07FC0 if DTYPE == tl.bfloat16 else 0x7E007E00
+    CONVERT: tl.constexpr = "cvt.rn.bf16x2.f32" if DTYPE == tl.bfloat16 else "cvt.rn.f16x2.f32"
+    even, odd = split2(x)
+    words = tl.inline_asm_elementwise(
+        CONVERT + " $0, $2, $1;", "=r,f,f", [even, odd], tl.int32, is_pure=True, pack=1
+    )
+    if is_nan is None:
+        # 0x7FFF alone gets a sign by adding one; its surplus over NAN is subtracted
+        ones = (((words + 0x00010001) & ~words) >> 15) & 0x00010001
+        words -= ones * (0x7FFF - (NAN & 0xFFFF))
+    else:
+        low, high = split2(tl.where(is_nan, 0xFFFF, 0))
+        nans = low | (high << 16)
+        words = (words & ~nans) | (nans & NAN)
+    return join2(words, words >> 16).to(tl.int16).to(DTYPE, bitcast=True)
 
 
 # --- blocks: `[BLOCKS_DOWN, rows, BLOCKS_ACROSS, cols]` to one value a block -------------------------------
@@ -238,24 +275,30 @@ def encode(v, random, SPEC: tl.constexpr, EXACT_BITS: tl.constexpr, GPU: tl.cons
 def encode_words(x, factor, keep, random, SPEC: tl.constexpr, EXACT_BITS: tl.constexpr, GPU: tl.constexpr):
     """`x * factor` rounded on the format's grid and packed into words (`pack`); code 0 where not `keep`.
 
-    All are `[R, C]`; `factor` is 2**-e of each element's block. Conversions in hardware stand in for
-    `encode` where they give its very codes.
+    All are `[R, C]`, but `random` is `[R, C/2]`, the 16 bits of two elements in a word; `factor` is 2**-e of
+    each element's block. Conversions in hardware stand in for `encode` where they give its very codes.
     """
     ELEMENT: tl.constexpr = SPEC.element
-    NEAREST_FLOAT: tl.constexpr = not SPEC.stochastic and not ELEMENT.twos_complement
     kept = tl.where(keep, (1 << ELEMENT.bits) - 1, 0)
-    if NEAREST_FLOAT and ELEMENT.bits >= 6 and GPU.cvt_fp8:
-        words = fp8_words(x * (factor * fp8_alignment(ELEMENT)), ELEMENT.mantissa_bits)
+    if not ELEMENT.twos_complement and not SPEC.stochastic and ELEMENT.bits >= 6 and GPU.cvt_fp8:
+        codes = fp8_words(x * (factor * fp8_alignment(ELEMENT)), ELEMENT.mantissa_bits)
         if ELEMENT.bits == 6:
-            words = pack_bytes(fp6_of_fp8(words), 6)
-    elif NEAREST_FLOAT and ELEMENT.bits == 4 and GPU.ptx:
-        if EXACT_BITS > 8:
-            x = value_of(round_to_odd(bits_of(x), 8))
-        words = fp4_words(x * (factor * 2.0 ** (ELEMENT.bias - 15)), SPEC)
+            codes = fp6_of_fp8(codes)
+        return pack_bytes(codes & words_of_bytes(kept), ELEMENT.bits)
+    elif not ELEMENT.twos_complement and ELEMENT.bits == 4 and GPU.ptx:
+        if SPEC.stochastic:
+            halves = stochastic_fp4(x * factor, random, SPEC)
+        else:
+            if EXACT_BITS > 8:
+                x = value_of(round_to_odd(bits_of(x), 8))
+            halves = nearest_fp4(x * (factor * 2.0 ** (ELEMENT.bias - 15)), SPEC, GPU)
+        low, high = split2(halves)
+        return (low | (high << 16)) & pack(kept, 4)
     else:
+        if SPEC.stochastic:
+            random = join2(random & 0xFFFF, (random >> 16) & 0xFFFF)
         # what is above a code's bits must not reach its neighbours
-        words = pack(encode(x * factor, random, SPEC, EXACT_BITS, GPU) & kept, ELEMENT.bits)
-    return words & pack(kept, ELEMENT.bits)
+        return pack(encode(x * factor, random, SPEC, EXACT_BITS, GPU) & kept, ELEMENT.bits)
 
 
 @triton.jit
@@ -288,20 +331,31 @@ def fp6_of_fp8(words):
 
 
 @triton.jit
-def fp4_words(v, SPEC: tl.constexpr):
-    """fp32 `[R, 8 n]`, times 2**(bias - 15), to words of eight E2M1 or E3M0 codes, two elements at a time.
+def nearest_fp4(v, SPEC: tl.constexpr, GPU: tl.constexpr):
+    """fp32 `[R, 4 n]`, times 2**(bias - 15), to four E2M1 or E3M0 codes in 16 bits, two elements at a time.
 
     As fp16, the format's subnormals lie on fp16's: the code is the top of the bits, and rounding to
     nearest-even an addition below it, as in `encode`. `v` may have 8 significant bits: the conversion to
     fp16 is then inexact only below half a step.
     """
     ELEMENT: tl.constexpr = SPEC.element
-    even, odd = split2(v)
-    v0, v2, v4, v6 = split4(even)
-    v1, v3, v5, v7 = split4(odd)
+    v0, v1, v2, v3 = split4(v)
     return tl.inline_asm_elementwise(
-        fp4_assembly(ELEMENT.mantissa_bits, ELEMENT.max_code, SPEC.can_saturate), "=r,f,f,f,f,f,f,f,f", [v0, v1, v2, v3, v4, v5, v6, v7], tl.int32, is_pure=True, pack=1
-    )
+        nearest_fp4_assembly(ELEMENT, SPEC.can_saturate, GPU.xorsign), "=r,f,f,f,f", [v0, v1, v2, v3],
+        tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def stochastic_fp4(v, random, SPEC: tl.constexpr):
+    """fp32 `[R, 4 n]` to four E2M1 or E3M0 codes in 16 bits: `encode`'s sum with the code in its top bits."""
+    ELEMENT: tl.constexpr = SPEC.element
+    v0, v1, v2, v3 = split4(v)
+    r01, r23 = split2(random)
+    return tl.inline_asm_elementwise(
+        stochastic_fp4_assembly(ELEMENT, SPEC.can_saturate), "=&r,f,f,f,f,r,r", [v0, v1, v2, v3, r01, r23],
+        tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -319,11 +373,27 @@ def decode(code, ELEMENT: tl.constexpr):
     value = value_of(bits) * 2.0 ** (127 - ELEMENT.bias)
     if ELEMENT.special != "none":
         magnitude = code & (SIGN - 1)
-        beyond = float("nan") + tl.zeros_like(value)
         if ELEMENT.special == "ieee":
-            beyond = tl.where(magnitude == ELEMENT.max_code + 1, value * float("inf"), beyond)
-        value = tl.where(magnitude > ELEMENT.max_code, beyond, value)
+            value = tl.where(magnitude == ELEMENT.max_code + 1, value * float("inf"), value)
+            value = tl.where(magnitude > ELEMENT.max_code + 1, float("nan"), value)
+        else:
+            value = tl.where(magnitude > ELEMENT.max_code, float("nan"), value)
     return value
+
+
+@triton.jit
+def decode_words(words, ELEMENT: tl.constexpr, GPU: tl.constexpr):
+    """Packed words to the fp32 values of their codes: `decode(unpack(words))`."""
+    if ELEMENT.special != "none" and GPU.cvt_fp8:
+        CONVERT: tl.constexpr = "cvt.rn.f16x2.e4m3x2" if ELEMENT.special == "nan" else "cvt.rn.f16x2.e5m2x2"
+        low, high = tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; mov.b32 {low, high}, $2; " + CONVERT + " $0, low; " + CONVERT + " $1, high; }",
+            "=r,=r,r", [words], (tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+        halves = join4(low, low >> 16, high, high >> 16)
+        return halves.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return decode(unpack(words, ELEMENT.bits), ELEMENT)
 
 
 # --- packing along the last dimension, into 32-bit words ---------------------------------------------------
@@ -359,6 +429,12 @@ def join4(first, second, third, fourth):
 
 
 @triton.jit
+def join8(x0, x1, x2, x3, x4, x5, x6, x7):
+    """Eight tensors `[R, n]` to `[R, 8 n]`: every eighth column, from the first …"""
+    return join2(join4(x0, x2, x4, x6), join4(x1, x3, x5, x7))
+
+
+@triton.jit
 def words_of_bytes(x):
     """int32 `[R, 4 n]`, a byte each, to little-endian words `[R, n]`."""
     first, second, third, fourth = split4(x)
@@ -373,7 +449,7 @@ def bytes_of_words(words):
 
 @triton.jit
 def pack(codes, BITS: tl.constexpr):
-    """Codes `[R, C]` to words `[R, W]`, a little-endian bit stream along each row.
+    """Codes `[R, C]`, with nothing above them, to words `[R, W]`, a little-endian bit stream along each row.
 
     Of 6 bits a row takes 3/16 C words, which is no power of two: W is C/4, and the last quarter is unused.
     """
@@ -386,16 +462,16 @@ def pack(codes, BITS: tl.constexpr):
 
 @triton.jit
 def pack_bytes(codes, BITS: tl.constexpr):
-    """As `pack`, from words of four codes, each in a byte; BITS is 6 or 8."""
+    """`pack`, from words of four codes, each in a byte; BITS is 6 or 8."""
     if BITS == 8:
         return codes
     else:
         stream = (codes & 0x3F) | ((codes >> 2) & 0xFC0) | ((codes >> 4) & 0x3F000) | ((codes >> 6) & 0xFC0000)
         s0, s1, s2, s3 = split4(stream)
+        # sixteen codes are three words, and a fourth that is squeezed out
         threes = join4(s0 | (s1 << 24), (s1 >> 8) | (s2 << 16), (s2 >> 16) | (s3 << 8), tl.zeros_like(s0))
-        W: tl.constexpr = threes.shape[1]
-        word = tl.arange(0, W)[None, :]
-        source = tl.minimum(word // 3 * 4 + word % 3, W - 1)
+        word = tl.arange(0, threes.shape[1])[None, :]
+        source = tl.minimum(word // 3 * 4 + word % 3, threes.shape[1] - 1)
         return tl.gather(threes, tl.broadcast_to(source, threes.shape), axis=1)
 
 
@@ -408,31 +484,47 @@ def unpack(words, BITS: tl.constexpr):
         pairs = bytes_of_words(words)
         return join2(pairs & 15, pairs >> 4)
     else:
-        W: tl.constexpr = words.shape[1]
-        place = tl.arange(0, W)[None, :]
+        place = tl.arange(0, words.shape[1])[None, :]
         source = place // 4 * 3 + tl.minimum(place % 4, 2)
         w0, w1, w2, _ = split4(tl.gather(words, tl.broadcast_to(source, words.shape), axis=1))
-        LOW24: tl.constexpr = 0xFFFFFF
         stream = join4(
-            w0 & LOW24,
+            w0 & 0xFFFFFF,
             ((w0 >> 24) & 0xFF) | ((w1 & 0xFFFF) << 8),
             ((w1 >> 16) & 0xFFFF) | ((w2 & 0xFF) << 16),
-            (w2 >> 8) & LOW24,
+            (w2 >> 8) & 0xFFFFFF,
         )
         return join4(stream & 63, (stream >> 6) & 63, (stream >> 12) & 63, stream >> 18)
 
 
+# --- randomness --------------------------------------------------------------------------------------------
+
+
 @triton.jit
-def random_bits(seed, row, group, groups):
-    """The 16 random bits of each element: Philox-4x32-10 at the contract's index.
+def random_words(seed, row, group, groups):
+    """The random bits of a tile, 16 an element, those of two neighbours in a word: the contract's Philox.
 
     `row` is int64 `[R, 1]`, `group` int64 `[1, C/8]` (eight columns each), `groups` the matrix's groups a
-    row. Returns int32 `[R, C]`.
+    row. Returns int32 `[R, C/2]`, an even element in the low half.
     """
-    counter = row * groups + group
-    low = (counter & 0xFFFFFFFF).to(tl.uint32)
-    high = (counter >> 32).to(tl.uint32)
-    zero = tl.zeros_like(low)
-    w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
-    words = join4(w0, w1, w2, w3)
-    return join2(words & 0xFFFF, words >> 16).to(tl.int32)
+    counter = (row * groups + group).to(tl.uint64, bitcast=True)
+    seed = seed.to(tl.uint64, bitcast=True)
+    zero = tl.zeros_like(counter).to(tl.uint32)
+    w0, w1, w2, w3 = philox(
+        counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero, seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    )
+    return join4(w0, w1, w2, w3).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, key_low, key_high):
+    """Philox-4x32-10 (Salmon et al., SC 2011) on uint32; each product is one 64-bit multiplication."""
+    for _ in tl.static_range(10):
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ key_low
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ key_high
+        c1 = product1.to(tl.uint32)
+        c3 = product0.to(tl.uint32)
+        key_low += 0x9E3779B9
+        key_high += 0xBB67AE85
+    return c0, c1, c2, c3

@@ -8,17 +8,17 @@ import triton.language as tl
 
 from .. import gpu
 from ..spec import MXSpec
-from ..tune import CastConfig, cast_config
-from .launch import Launch
+from ..tune import CastConfig, quantize_config
+from .launch import Launch, Layout
 from .primitives import (
     INFINITY,
     NAN_BYTE,
     bits_of,
     block_max,
     block_offset,
-    bytes_of_words,
     encode_words,
-    random_bits,
+    join8,
+    random_words,
     scale_byte,
     scale_value,
     spread,
@@ -32,10 +32,10 @@ def quantize_kernel(
     codes_ptr, scale_ptr, offset_ptr,
     turned_codes_ptr, turned_scale_ptr, turned_offset_ptr,
     rows, cols, row_stride, col_stride,
-    SPEC: tl.constexpr, CONFIG: tl.constexpr, ALIGNMENT: tl.constexpr, GPU: tl.constexpr,
+    SPEC: tl.constexpr, CONFIG: tl.constexpr, LAYOUT: tl.constexpr, GPU: tl.constexpr,
 ):  # fmt: skip
     """Quantise a matrix of any strides, a tile a program; and its transpose, from the same read, if that has
-    somewhere to go. ALIGNMENT: a power of two that divides the bytes of every packed row."""
+    somewhere to go."""
     TILE_ROWS: tl.constexpr = CONFIG.tile_rows
     TILE_COLS: tl.constexpr = CONFIG.tile_cols
     tiles_across = tl.cdiv(cols, TILE_COLS)
@@ -43,28 +43,73 @@ def quantize_kernel(
     tile_col = (tl.program_id(0) % tiles_across).to(tl.int64)
     row0 = tile_row * TILE_ROWS
     col0 = tile_col * TILE_COLS
-    i = tl.arange(0, TILE_ROWS)[:, None]
-    j = tl.arange(0, TILE_COLS)[None, :]
-    inside = (i < rows - row0) & (j < cols - col0)
+    if LAYOUT.whole:
+        inside = None
+        turned_inside = None
+    else:
+        i = tl.arange(0, TILE_ROWS)[:, None]
+        j = tl.arange(0, TILE_COLS)[None, :]
+        inside = (i < rows - row0) & (j < cols - col0)
+        turned_inside = tl.trans(inside)
     corner = x_ptr + row0 * row_stride + col0 * col_stride
-    x = tl.load(corner + i.to(tl.int64) * row_stride + j.to(tl.int64) * col_stride, mask=inside, other=0.0)
+    if CONFIG.square and LAYOUT.row_contiguous:
+        x = tl.trans(load_square(corner, cols - col0, rows - row0, col_stride, row_stride, TILE_COLS, TILE_ROWS, LAYOUT))
+    elif CONFIG.square:
+        x = load_square(corner, rows - row0, cols - col0, row_stride, col_stride, TILE_ROWS, TILE_COLS, LAYOUT)
+    else:
+        x = load_columns(corner, rows - row0, cols - col0, row_stride, col_stride, TILE_ROWS, TILE_COLS, 0, 1, LAYOUT)
     quantize_tile(
         x, inside, tile_row, tile_col, rows, cols,
-        seed_ptr, codes_ptr, scale_ptr, offset_ptr, SPEC, ALIGNMENT, GPU,
+        seed_ptr, codes_ptr, scale_ptr, offset_ptr, SPEC, LAYOUT, GPU,
     )  # fmt: skip
     if turned_codes_ptr is not None:
         quantize_tile(
-            tl.trans(x), tl.trans(inside), tile_col, tile_row, cols, rows,
-            seed_ptr, turned_codes_ptr, turned_scale_ptr, turned_offset_ptr, SPEC, ALIGNMENT, GPU,
+            tl.trans(x), turned_inside, tile_col, tile_row, cols, rows,
+            seed_ptr, turned_codes_ptr, turned_scale_ptr, turned_offset_ptr, SPEC, LAYOUT, GPU,
         )  # fmt: skip
+
+
+@triton.jit
+def load_columns(
+    corner, rows, cols, row_stride, col_stride,
+    ROWS: tl.constexpr, COLS: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Load COLS columns, every STEP-th from the FIRST, of a tile at `corner`; zeros beyond `rows` and `cols`."""
+    i = tl.arange(0, ROWS)[:, None]
+    j = tl.arange(0, COLS)[None, :] * STEP + FIRST
+    place = corner + (i.to(tl.int64) * row_stride + j.to(tl.int64) * col_stride)
+    if LAYOUT.whole:
+        return tl.load(place)
+    else:
+        return tl.load(place, mask=(i < rows) & (j < cols), other=0.0)
+
+
+@triton.jit
+def load_square(
+    corner, rows, cols, row_stride, col_stride, ROWS: tl.constexpr, COLS: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """Load a tile whose memory runs down the columns so that a thread holds eight neighbours along both
+    dimensions: those down a column from one load, as Triton has it, and those along a row from eight."""
+    NARROW: tl.constexpr = COLS // 8
+    return join8(
+        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, 0, 8, LAYOUT),
+        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, 1, 8, LAYOUT),
+        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, 2, 8, LAYOUT),
+        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, 3, 8, LAYOUT),
+        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, 4, 8, LAYOUT),
+        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, 5, 8, LAYOUT),
+        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, 6, 8, LAYOUT),
+        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, 7, 8, LAYOUT),
+    )
 
 
 @triton.jit
 def quantize_tile(
     x, inside, tile_row, tile_col, rows, cols, seed_ptr, codes_ptr, scale_ptr, offset_ptr,
-    SPEC: tl.constexpr, ALIGNMENT: tl.constexpr, GPU: tl.constexpr,
+    SPEC: tl.constexpr, LAYOUT: tl.constexpr, GPU: tl.constexpr,
 ):  # fmt: skip
-    """Quantise and store tile (tile_row, tile_col) of a matrix of `rows` x `cols`."""
+    """Quantise and store tile (tile_row, tile_col) of a matrix of `rows` x `cols`; `inside` says which of its
+    elements exist, or is None where all do."""
     ELEMENT: tl.constexpr = SPEC.element
     BLOCK: tl.constexpr = SPEC.block
     TILE_ROWS: tl.constexpr = x.shape[0]
@@ -79,19 +124,29 @@ def quantize_tile(
     block_col = tile_col * BLOCKS_ACROSS + tl.arange(0, BLOCKS_ACROSS)[None, :]
     blocks_across = (cols + (BLOCK.cols - 1)) // BLOCK.cols
     block_index = block_row * blocks_across + block_col
-    block_inside = (block_row * BLOCK.rows < rows) & (block_col < blocks_across)
+    if LAYOUT.whole:
+        block_inside = None
+    else:
+        block_inside = (block_row * BLOCK.rows < rows) & (block_col < blocks_across)
 
     x = tl.reshape(to_fp32(x), BY_BLOCK)
     if SPEC.symmetric:
         amax = bits_of(block_max(tl.abs(x), GPU))
     else:
-        inside = tl.reshape(inside, BY_BLOCK)
-        largest = block_max(tl.where(inside, x, float("-inf")), GPU)
-        least = -block_max(tl.where(inside, -x, float("-inf")), GPU)
+        above = x
+        below = -x
+        if not LAYOUT.whole:
+            inside = tl.reshape(inside, BY_BLOCK)
+            above = tl.where(inside, above, float("-inf"))
+            below = tl.where(inside, below, float("-inf"))
+        largest = block_max(above, GPU)
+        least = -block_max(below, GPU)
         finite = (tl.abs(largest) < float("inf")) & (tl.abs(least) < float("inf"))
         offset = tl.where(finite, block_offset(largest, least), 0.0)
         tl.store(offset_ptr + block_index, offset.to(tl.float16), mask=block_inside)
-        x = tl.where(inside, x - offset[:, None, :, None], 0.0)
+        x = x - offset[:, None, :, None]
+        if not LAYOUT.whole:
+            x = tl.where(inside, x, 0.0)
         # x - offset rounds monotonically, so its largest magnitude is at an end of the range
         amax = bits_of(tl.maximum(tl.abs(largest - offset), tl.abs(least - offset)))
         amax = tl.where(finite, amax, INFINITY)
@@ -104,35 +159,55 @@ def quantize_tile(
         GROUPS: tl.constexpr = TILE_COLS // 8
         row = tile_row * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
         group = tile_col * GROUPS + tl.arange(0, GROUPS)[None, :]
-        random = random_bits(tl.load(seed_ptr), row, group, ((cols + 7) // 8).to(tl.int64))
+        random = random_words(tl.load(seed_ptr), row, group, ((cols + 7) // 8).to(tl.int64))
     x = tl.reshape(x, [TILE_ROWS, TILE_COLS])
     factor = spread(scale_value(254 - scale), BLOCK)
     keep = spread(scale != NAN_BYTE, BLOCK)
     words = encode_words(x, factor, keep, random, SPEC, EXACT_BITS, GPU)
-
-    TILE_BYTES: tl.constexpr = TILE_COLS * ELEMENT.bits // 8
-    row_bytes = tl.multiple_of((cols + (ELEMENT.group - 1)) // ELEMENT.group * ELEMENT.group_bytes, ALIGNMENT)
-    store_words(words, codes_ptr, tile_row * TILE_ROWS, tile_col * TILE_BYTES, rows, row_bytes, TILE_BYTES, ALIGNMENT)
+    row_bytes = (cols + (ELEMENT.group - 1)) // ELEMENT.group * ELEMENT.group_bytes
+    store_words(words, codes_ptr, tile_row, tile_col, rows, row_bytes, TILE_COLS * ELEMENT.bits // 32, LAYOUT)
 
 
 @triton.jit
 def store_words(
-    words, ptr, row0, byte0, rows, row_bytes, TILE_BYTES: tl.constexpr, ALIGNMENT: tl.constexpr
-):
-    """Store a tile of packed words at (row0, byte0) of a matrix of `rows` x `row_bytes` bytes: as words where
-    its rows are aligned to them, else byte by byte. Of each row of the tile, TILE_BYTES count."""
+    words, ptr, tile_row, tile_col, rows, row_bytes, TILE_WORDS: tl.constexpr, LAYOUT: tl.constexpr
+):  # fmt: skip
+    """Store a tile of packed words, TILE_WORDS of each row, in a matrix of `rows` x `row_bytes` bytes: as words
+    where its rows are aligned to them, else byte by byte."""
+    row0 = tile_row * words.shape[0]
+    word0 = tile_col * TILE_WORDS
     i = tl.arange(0, words.shape[0])[:, None]
-    if ALIGNMENT >= 4:
-        j = tl.arange(0, words.shape[1])[None, :]
-        word_ptr = ptr.to(tl.pointer_type(tl.int32)) + (row0 * row_bytes + byte0) // 4
-        row_words = tl.multiple_of(row_bytes // 4, ALIGNMENT // 4)
-        inside = (i < rows - row0) & (j < tl.minimum(row_words - byte0 // 4, TILE_BYTES // 4))
-        tl.store(word_ptr + i.to(tl.int64) * row_words + j, words, mask=inside)
+    j = tl.arange(0, words.shape[1])[None, :]
+    if LAYOUT.alignment >= 4:
+        row_words = tl.multiple_of(row_bytes // 4, LAYOUT.alignment // 4).to(tl.int64)
+        place = ptr.to(tl.pointer_type(tl.int32)) + row0 * row_words + word0 + (i * row_words + j)
+        if not LAYOUT.whole:
+            tl.store(place, words, mask=(i < rows - row0) & (j < tl.minimum(row_words - word0, TILE_WORDS)))
+        elif TILE_WORDS < words.shape[1]:
+            tl.store(place, words, mask=j < TILE_WORDS)
+        else:
+            tl.store(place, words)
     else:
-        j = tl.arange(0, words.shape[1] * 4)[None, :]
-        inside = (i < rows - row0) & (j < tl.minimum(row_bytes - byte0, TILE_BYTES))
-        bytes = bytes_of_words(words).to(tl.uint8)
-        tl.store(ptr + row0 * row_bytes + byte0 + i.to(tl.int64) * row_bytes + j, bytes, mask=inside)
+        for byte in tl.static_range(4):
+            place = ptr + row0 * row_bytes + word0 * 4 + (i.to(tl.int64) * row_bytes + j * 4 + byte)
+            inside = (i < rows - row0) & (j < TILE_WORDS) & (j * 4 + byte < row_bytes - word0 * 4)
+            tl.store(place, (words >> (8 * byte)).to(tl.uint8), mask=inside)
+
+
+TENSORS = (
+    "x_ptr", "seed_ptr", "codes_ptr", "scale_ptr", "offset_ptr",
+    "turned_codes_ptr", "turned_scale_ptr", "turned_offset_ptr",
+)  # fmt: skip
+
+
+def quantize_tensors(
+    x: torch.Tensor, seed: torch.Tensor | None, parts: list[torch.Tensor], spec: MXSpec
+) -> tuple[torch.Tensor | None, ...]:
+    """The kernel's tensors, None for those that `spec` and the number of `parts` leave out."""
+    per_copy = 2 if spec.symmetric else 3
+    absent = (None,) * (3 - per_copy)
+    straight, turned = parts[:per_copy], parts[per_copy:] or (None,) * per_copy
+    return (x, seed, *straight, *absent, *turned, *absent)
 
 
 def quantize_launch(
@@ -146,32 +221,23 @@ def quantize_launch(
     """The launch that quantises the matrix `x` into `parts`: codes, scale and, if asymmetric, offset; then
     the same of the transpose, if they are given."""
     rows, cols = x.shape
-    per_copy = 2 if spec.symmetric else 3
-    pair = len(parts) > per_copy
-    config = config or cast_config(spec.block.rows, spec.block.cols, rows, cols, x.stride(1) == 1, pair)
-    row_bytes = spec.packed_cols(cols) | (spec.packed_cols(rows) if pair else 0) | 16
+    pair = len(parts) > 3
+    row_contiguous = x.stride(1) == 1 or x.stride(0) != 1
+    config = config or quantize_config(spec, rows, cols, x.element_size(), row_contiguous, pair)
+    row_bytes = spec.packed_cols(cols) | (spec.packed_cols(rows) if pair else 0)
     capabilities = capabilities or gpu.device_capabilities(x.device)
-    copies = [(parts[k : k + per_copy] + [None])[:3] for k in range(0, len(parts), per_copy)]
-    turned = copies[1] if pair else (None, None, None)
     return Launch(
         quantize_kernel,
         triton.cdiv(rows, config.tile_rows) * triton.cdiv(cols, config.tile_cols),
+        dict(zip(TENSORS, quantize_tensors(x, seed, parts, spec), strict=True)),
         {
-            "x_ptr": x,
-            "seed_ptr": seed,
-            "codes_ptr": copies[0][0],
-            "scale_ptr": copies[0][1],
-            "offset_ptr": copies[0][2],
-            "turned_codes_ptr": turned[0],
-            "turned_scale_ptr": turned[1],
-            "turned_offset_ptr": turned[2],
             "rows": rows,
             "cols": cols,
             "row_stride": x.stride(0),
             "col_stride": x.stride(1),
             "SPEC": spec,
             "CONFIG": config,
-            "ALIGNMENT": row_bytes & -row_bytes,
+            "LAYOUT": Layout.of(config, rows, cols, row_bytes, row_contiguous),
             "GPU": capabilities,
         },
         {"num_warps": config.num_warps},

@@ -49,6 +49,8 @@ def copy_launch(source: torch.Tensor, target: torch.Tensor, tiles: int) -> Launc
         {
             "source_ptr": source,
             "target_ptr": target,
+        },
+        {
             "source_words": source.numel(),
             "target_words": target.numel(),
             "source_share": source_share,

@@ -1,5 +1,5 @@
 """How fast: configs, which decide speed and never a byte."""
 
-from .rule import CastConfig, cast_config
+from .rule import CastConfig, dequantize_config, quantize_config
 
-__all__ = ["CastConfig", "cast_config"]
+__all__ = ["CastConfig", "dequantize_config", "quantize_config"]

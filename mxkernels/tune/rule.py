@@ -1,48 +1,81 @@
-"""The deterministic rule: good configs for any GPU, untuned."""
+"""The deterministic rule: good configs for any GPU, untuned.
+
+What it says was found on one GPU, but for reasons that hold on others: a program of one warp needs no
+barriers; the more a thread has of a block, the less it spends on the block's scale; a tile's rows should be
+long where rows are packed, and its two sides alike where blocks or memory run down the columns.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-_TILE_ELEMENTS = 4096
+from ..spec import MXSpec
+
 _SMALLEST_SIDE = 16  # whole 32-bit words of packed codes, whole groups of random bits
 
 
 @dataclass(frozen=True)
 class CastConfig:
-    """How a quantise or dequantise kernel is launched: a program works on `tile_rows` x `tile_cols`."""
+    """How a quantise or dequantise kernel is launched: a program works on `tile_rows` x `tile_cols`.
+
+    Attributes:
+        square: a thread holds eight neighbours along both dimensions (quantise only).
+        wide: packed words are moved four at a time, 16 bytes, rather than one.
+    """
 
     tile_rows: int
     tile_cols: int
     num_warps: int
+    square: bool = False
+    wide: bool = False
 
 
-def cast_config(block_rows: int, block_cols: int, rows: int, cols: int, row_contiguous: bool, pair: bool) -> CastConfig:
-    """A tile of about 4096 elements that whole blocks fill, long along the contiguous dimension of the input.
-
-    Args:
-        block_rows, block_cols: the block.
-        rows, cols: the matrix.
-        row_contiguous: elements of a row are neighbours in memory (else those of a column).
-        pair: the transposed matrix is written too, so whole transposed blocks must fill the tile as well.
-    """
-    if pair:
-        side = max(block_rows, block_cols, 64)
-        return CastConfig(side, side, _warps(side * side))
-    least_cols = max(block_cols, _SMALLEST_SIDE)
-    if row_contiguous:
-        tile_rows = max(block_rows, min(4, _power_of_two_above(rows)))
-        tile_cols = max(least_cols, min(_TILE_ELEMENTS // tile_rows, _power_of_two_above(cols)))
-        if tile_cols * tile_rows < _TILE_ELEMENTS:  # short rows: take more of them
-            tile_rows = max(tile_rows, min(_TILE_ELEMENTS // tile_cols, _power_of_two_above(rows)))
+def quantize_config(
+    spec: MXSpec, rows: int, cols: int, bytes_per_element: int, row_contiguous: bool, pair: bool
+) -> CastConfig:
+    """For a matrix of `rows` x `cols`, whose rows (or else columns) are contiguous; `pair`: both orientations
+    are written."""
+    if pair or not row_contiguous:
+        config = CastConfig(64, 128, 4, square=True)
+    elif spec.block.rows >= 16:
+        config = CastConfig(32, 64, 1, wide=True)
+    elif spec.element.bits == 6:
+        config = CastConfig(16, 256, 2)
+    elif spec.element.bits == 8 or bytes_per_element == 4:
+        config = CastConfig(4, 1024, 4, wide=True)
+    elif spec.block.rows == 1 and spec.block.cols >= 32:
+        config = CastConfig(1, 2048, 1)
     else:
-        tile_cols = max(least_cols, min(64, _power_of_two_above(cols)))
-        tile_rows = max(block_rows, min(_TILE_ELEMENTS // tile_cols, _power_of_two_above(rows)))
-    return CastConfig(tile_rows, tile_cols, _warps(tile_rows * tile_cols))
+        config = CastConfig(8, 1024, 4)
+    least_rows, least_cols = spec.block.rows, spec.block.cols
+    if pair:
+        least_rows = least_cols = max(least_rows, least_cols)
+    if config.square:
+        least_rows = max(least_rows, _SMALLEST_SIDE)
+    return _fit(config, least_rows, least_cols, rows, cols)
 
 
-def _warps(elements: int) -> int:
-    return min(max(elements // 1024, 1), 8)
+def dequantize_config(spec: MXSpec, rows: int, cols: int) -> CastConfig:
+    """For a matrix of `rows` x `cols`."""
+    if spec.block.rows >= 16:
+        config = CastConfig(32, 256, 4, wide=True)
+    elif spec.element.bits == 6:
+        config = CastConfig(4, 512, 1, wide=True) if spec.block.rows == 1 else CastConfig(4, 2048, 4, wide=True)
+    elif spec.block.rows == 1:
+        config = CastConfig(1, 1024, 1, wide=True)
+    else:
+        config = CastConfig(4, 1024, 4, wide=True)
+    return _fit(config, spec.block.rows, spec.block.cols, rows, cols)
+
+
+def _fit(config: CastConfig, least_rows: int, least_cols: int, rows: int, cols: int) -> CastConfig:
+    """The config with tiles that whole blocks fill and the matrix does not fall far short of; as many elements
+    a warp as before."""
+    per_warp = config.tile_rows * config.tile_cols // config.num_warps
+    tile_cols = max(min(config.tile_cols, _power_of_two_above(cols)), least_cols, _SMALLEST_SIDE)
+    tile_rows = max(min(config.tile_rows, _power_of_two_above(rows)), least_rows)
+    num_warps = min(max(tile_rows * tile_cols // per_warp, 1), 8)
+    return CastConfig(tile_rows, tile_cols, num_warps, config.square, config.wide)
 
 
 def _power_of_two_above(n: int) -> int:
