@@ -87,7 +87,7 @@ class ElementFormat:
     @property
     def group(self) -> int:
         """How many elements fill whole bytes: 2 of 4 bits, 4 of 6, 1 of 8."""
-        return 8 // math.gcd(8, self.bits)
+        return {4: 2, 6: 4, 8: 1}[self.bits]
 
     @property
     def group_bytes(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from .formats import FORMATS, ElementFormat
 
@@ -70,6 +70,8 @@ class MXSpec:
     scale_rounding: ScaleRounding
     symmetric: bool
 
+    _text: ClassVar[str]  # each spec's own, but no field: it follows from them
+
     def __init__(
         self,
         element: ElementFormat | str,
@@ -97,6 +99,11 @@ class MXSpec:
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
+        # Not made when asked for: torch.compile may hold the integers as symbols then, which it cannot format;
+        # nor does it call str(block).
+        symmetry = "symmetric" if symmetric else "asymmetric"
+        text = f"{element.name} {block.rows}x{block.cols} {rounding} {scale_rounding} {symmetry}"
+        object.__setattr__(self, "_text", text)
 
     @classmethod
     @lru_cache
@@ -142,9 +149,7 @@ class MXSpec:
         return ((rows + r - 1) // r, (cols + c - 1) // c)
 
     def __str__(self) -> str:
-        symmetry = "symmetric" if self.symmetric else "asymmetric"
-        block = f"{self.block.rows}x{self.block.cols}"  # not str(block), which torch.compile cannot trace
-        return f"{self.element.name} {block} {self.rounding} {self.scale_rounding} {symmetry}"
+        return self._text
 
 
 def _allowed(argument: str, value: object, allowed: tuple[str, ...]) -> str:

@@ -43,6 +43,8 @@ def _quantize_stochastic(element: ElementFormat, capabilities: Capabilities) -> 
 
 
 def _dequantize(element: ElementFormat, capabilities: Capabilities) -> Support:
+    if element.special != "none" and capabilities.cvt_fp8:
+        return Support("native", f"cvt.rn.f16x2.{element.name}x2")
     return Support("decoded", _ARITHMETIC)
 
 

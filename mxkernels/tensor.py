@@ -30,7 +30,7 @@ class MXTensor:
     `dequantize()` gives a plain tensor.
     """
 
-    __slots__ = ("codes", "scale", "offset", "spec", "shape", "transposed")
+    __slots__ = ("codes", "scale", "offset", "shape", "transposed", "_stored_spec")
 
     def __init__(
         self,
@@ -41,34 +41,47 @@ class MXTensor:
         shape: Iterable[int],
         transposed: bool = False,
     ) -> None:
-        self._hold(codes, scale, offset, spec, shape, transposed)
+        stored = spec.T if transposed else spec
+        self._hold(codes, scale, offset, stored, torch.Size(shape), transposed)
         if transposed:
-            check_parts(codes.T, scale.T, None if offset is None else offset.T, spec.T, self.shape[::-1])
+            check_parts(codes.T, scale.T, None if offset is None else offset.T, stored, self.shape[::-1])
         else:
-            check_parts(codes, scale, offset, spec, self.shape)
+            check_parts(codes, scale, offset, stored, self.shape)
 
     def _hold(
         self,
         codes: torch.Tensor,
         scale: torch.Tensor,
         offset: torch.Tensor | None,
-        spec: MXSpec,
-        shape: Iterable[int],
-        transposed: bool = False,
+        stored_spec: MXSpec,
+        shape: torch.Size,
+        transposed: bool,
     ) -> None:
         self.codes = codes
         self.scale = scale
         self.offset = offset
-        self.spec = spec
-        self.shape = torch.Size(shape)
+        self.shape = shape
         self.transposed = transposed
+        self._stored_spec = stored_spec
 
     @classmethod
-    def unchecked(cls, *arguments: Any) -> MXTensor:
-        """The same from parts that are known to fit, without looking at them."""
+    def unchecked(
+        cls,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        offset: torch.Tensor | None,
+        stored_spec: MXSpec,
+        shape: Iterable[int],
+        transposed: bool = False,
+    ) -> MXTensor:
+        """The same from parts that are known to fit; `stored_spec` is that of the tensor before any `.T`."""
         tensor = cls.__new__(cls)
-        tensor._hold(*arguments)
+        tensor._hold(codes, scale, offset, stored_spec, torch.Size(shape), transposed)
         return tensor
+
+    @property
+    def spec(self) -> MXSpec:
+        return self._stored_spec.T if self.transposed else self._stored_spec
 
     @property
     def T(self) -> MXTensor:
@@ -77,14 +90,16 @@ class MXTensor:
             raise ValueError(f"MXTensor.T needs two dimensions; this one has {len(self.shape)}")
         offset = None if self.offset is None else self.offset.T
         shape = (self.shape[1], self.shape[0])
-        return MXTensor(self.codes.T, self.scale.T, offset, self.spec.T, shape, not self.transposed)
+        return MXTensor.unchecked(
+            self.codes.T, self.scale.T, offset, self._stored_spec, shape, not self.transposed
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """A plain tensor of `shape` and `dtype` (bfloat16, float16 or float32): see `mxkernels.dequantize`."""
         if self.transposed:
             return self.T.dequantize(dtype).T
         return torch.ops.mxkernels.dequantize(
-            self.codes, self.scale, self.offset, str(self.spec), self.shape[-1], dtype
+            self.codes, self.scale, self.offset, str(self._stored_spec), self.shape[-1], dtype
         )
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> MXTensor:

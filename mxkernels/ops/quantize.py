@@ -159,7 +159,7 @@ def quantize_tile(
         GROUPS: tl.constexpr = TILE_COLS // 8
         row = tile_row * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
         group = tile_col * GROUPS + tl.arange(0, GROUPS)[None, :]
-        random = random_words(tl.load(seed_ptr), row, group, ((cols + 7) // 8).to(tl.int64))
+        random = random_words(tl.load(seed_ptr), row, group, (cols + 7) // 8)
     x = tl.reshape(x, [TILE_ROWS, TILE_COLS])
     factor = spread(scale_value(254 - scale), BLOCK)
     keep = spread(scale != NAN_BYTE, BLOCK)
