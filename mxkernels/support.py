@@ -33,6 +33,8 @@ def _quantize_nearest(element: ElementFormat, capabilities: Capabilities) -> Sup
         return Support("native", f"cvt.rn.satfinite.{fp8}x2.f32")
     if small_float and element.bits == 6 and capabilities.cvt_fp8:
         return Support("folded", f"cvt.rn.satfinite.{fp8}x2.f32")
+    if element.name == "e2m1" and capabilities.cvt_e2m1:
+        return Support("native", "cvt.rn.satfinite.e2m1x2.f32")
     if small_float and element.bits == 4 and capabilities.ptx:
         return Support("decoded", "cvt.rn.f16x2.f32")
     return Support("decoded", _ARITHMETIC)

@@ -288,6 +288,8 @@ def encode_words(x, factor, keep, random, SPEC: tl.constexpr, EXACT_BITS: tl.con
     elif not ELEMENT.twos_complement and ELEMENT.bits == 4 and GPU.ptx:
         if SPEC.stochastic:
             halves = stochastic_fp4(x * factor, random, SPEC)
+        elif ELEMENT.name == "e2m1" and GPU.cvt_e2m1:
+            halves = hardware_e2m1(x * factor)
         else:
             if EXACT_BITS > 8:
                 x = value_of(round_to_odd(bits_of(x), 8))
@@ -328,6 +330,18 @@ def fp6_of_fp8(words):
     magnitude = words & 0x3F3F3F3F
     magnitude -= (magnitude >> 5) & 0x01010101
     return magnitude | ((words >> 2) & 0x20202020)
+
+
+@triton.jit
+def hardware_e2m1(v):
+    """fp32 `[R, 4 n]` to four E2M1 codes in 16 bits: nearest-even, saturating."""
+    v0, v1, v2, v3 = split4(v)
+    return tl.inline_asm_elementwise(
+        "{ .reg .b8 low, high; .reg .b16 both;"
+        " cvt.rn.satfinite.e2m1x2.f32 low, $2, $1; cvt.rn.satfinite.e2m1x2.f32 high, $4, $3;"
+        " mov.b16 both, {low, high}; cvt.u32.u16 $0, both; }",
+        "=r,f,f,f,f", [v0, v1, v2, v3], tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit

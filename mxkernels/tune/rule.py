@@ -35,19 +35,22 @@ def quantize_config(
 ) -> CastConfig:
     """For a matrix of `rows` x `cols`, whose rows (or else columns) are contiguous; `pair`: both orientations
     are written."""
-    if pair or not row_contiguous:
-        config = CastConfig(64, 128, 4, square=True)
-    elif spec.block.rows >= 16:
-        config = CastConfig(32, 64, 1, wide=True)
+    block = spec.block
+    if pair and block.rows > 1 and block.cols > 1:
+        config = CastConfig(64, 64, 2, square=True, wide=True)
+    elif pair or not row_contiguous:
+        config = CastConfig(64, 128, 4, square=True, wide=True)
+    elif block.rows >= 16:
+        config = CastConfig(32, 128, 1, square=True, wide=True)
     elif spec.element.bits == 6:
-        config = CastConfig(16, 256, 2)
+        config = CastConfig(8, 512, 2, wide=True)
     elif spec.element.bits == 8 or bytes_per_element == 4:
         config = CastConfig(4, 1024, 4, wide=True)
-    elif spec.block.rows == 1 and spec.block.cols >= 32:
+    elif block.rows == 1 and block.cols >= 32:
         config = CastConfig(1, 2048, 1)
     else:
         config = CastConfig(8, 1024, 4)
-    least_rows, least_cols = spec.block.rows, spec.block.cols
+    least_rows, least_cols = block.rows, block.cols
     if pair:
         least_rows = least_cols = max(least_rows, least_cols)
     if config.square:
@@ -58,7 +61,7 @@ def quantize_config(
 def dequantize_config(spec: MXSpec, rows: int, cols: int) -> CastConfig:
     """For a matrix of `rows` x `cols`."""
     if spec.block.rows >= 16:
-        config = CastConfig(32, 256, 4, wide=True)
+        config = CastConfig(32, 256, 4, wide=True) if spec.block.cols >= 16 else CastConfig(32, 128, 1, wide=True)
     elif spec.element.bits == 6:
         config = CastConfig(4, 512, 1, wide=True) if spec.block.rows == 1 else CastConfig(4, 2048, 4, wide=True)
     elif spec.block.rows == 1:
