@@ -13,8 +13,10 @@ TRITONS := 3.6.0 3.9.0
 
 .PHONY: bench test check gpu
 
-bench: $(VENV)/runtime
+bench: $(VENV)/runtime $(VENV)/trained.safetensors
 	$(BIN)/mxkernels bench --fmt e2m1 --block 4x4
+	@for tensor in weight activation gradient; do echo; echo "A real $$tensor, of a small model trained here:"; \
+		$(BIN)/mxkernels bench --fmt e2m1 --block 4x4 --input $(VENV)/trained.safetensors:$$tensor; done
 
 test: $(VENV)/development $(TRITONS:%=.triton/%/installed)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -31,6 +33,9 @@ $(VENV)/runtime: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt --editable '.[plot]'
 	@touch $@
+
+$(VENV)/trained.safetensors: bench/trained.py | $(VENV)/runtime
+	$(BIN)/python bench/trained.py $@
 
 $(VENV)/development: $(VENV)/runtime
 	$(PIP) --constraint constraints.txt --editable '.[plot,test,dev]'

@@ -65,7 +65,9 @@ def load_file(
         try:
             spec, shape, transposed = (description[key] for key in ("spec", "shape", "transposed"))
             spec = MXSpec.parse(spec)
-            stored = [parts.pop(f"{name}.{part}") for part in ("codes", "scale", "offset")[: 2 if spec.symmetric else 3]]
+            stored = [
+                parts.pop(f"{name}.{part}") for part in ("codes", "scale", "offset")[: 2 if spec.symmetric else 3]
+            ]
         except (KeyError, TypeError) as missing:
             raise ValueError(f"{filename}: {name!r} is described, but {missing} is missing") from None
         q = MXTensor(stored[0], stored[1], None if spec.symmetric else stored[2], spec, shape)

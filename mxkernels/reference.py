@@ -1,8 +1,8 @@
 """The oracle: quantise and dequantise in plain PyTorch, by tables and search in float64.
 
 It shares with the kernels nothing but the facts in `formats` and `spec`, so that a misunderstanding
-cannot hide in both. It serves tensors on the CPU, and runs on any device. Speed is not its aim; large tensors are worked on
-a band of rows at a time.
+cannot hide in both. It serves tensors on the CPU, and runs on any device. Speed is not its aim; large
+tensors are worked on a band of rows at a time.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def philox(counter: tuple[torch.Tensor, ...], key_low: int, key_high: int) -> tu
 
 
 def pack(codes: torch.Tensor, element: ElementFormat) -> torch.Tensor:
-    """`[R, C]` codes, one a byte, to `[R, P]` bytes: element j of a row at bits `bits*j …` of a little-endian stream."""
+    """`[R, C]` codes, one a byte, to `[R, P]` bytes: element j of a row at bits `bits*j …`, little-endian."""
     rows, cols = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -cols % element.group))
     groups = padded.reshape(rows, -1, element.group).int()

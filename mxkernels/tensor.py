@@ -90,9 +90,7 @@ class MXTensor:
             raise ValueError(f"MXTensor.T needs two dimensions; this one has {len(self.shape)}")
         offset = None if self.offset is None else self.offset.T
         shape = (self.shape[1], self.shape[0])
-        return MXTensor.unchecked(
-            self.codes.T, self.scale.T, offset, self._stored_spec, shape, not self.transposed
-        )
+        return MXTensor.unchecked(self.codes.T, self.scale.T, offset, self._stored_spec, shape, not self.transposed)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """A plain tensor of `shape` and `dtype` (bfloat16, float16 or float32): see `mxkernels.dequantize`."""

@@ -11,8 +11,8 @@ from math import prod
 import torch
 
 from mxkernels import reference
-from mxkernels.ops.dequantize import dequantize_launch
-from mxkernels.ops.quantize import quantize_launch
+from mxkernels.ops.dequantize_kernel import dequantize_launch
+from mxkernels.ops.quantize_kernel import quantize_launch
 from mxkernels.spec import MXSpec
 from mxkernels.tune import CastConfig
 

@@ -534,7 +534,7 @@ def test_the_instructions_said_are_those_compiled() -> None:
 import torch
 import mxkernels as mx
 from mxkernels import gpu, support
-from mxkernels.ops.quantize import quantize_launch
+from mxkernels.ops.quantize_kernel import quantize_launch
 from mxkernels.tune.aot import compile_launch
 
 def empty(dtype, *shape):

@@ -26,8 +26,8 @@ from poisoned import assert_guards_hold, poisoned
 import mxkernels as mx
 from mxkernels import gpu, reference
 from mxkernels.formats import FORMATS, ElementFormat
-from mxkernels.ops.dequantize import dequantize_launch
-from mxkernels.ops.quantize import quantize_launch
+from mxkernels.ops.dequantize_kernel import dequantize_launch
+from mxkernels.ops.quantize_kernel import quantize_launch
 from mxkernels.spec import MXSpec, Rounding, ScaleRounding
 from mxkernels.tune import CastConfig
 

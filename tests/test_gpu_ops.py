@@ -265,7 +265,7 @@ def test_on_the_tensor_s_own_device() -> None:
 
 def test_nothing_touches_cuda_before_a_cuda_tensor_does() -> None:
     code = """
-import torch, mxkernels as mx, mxkernels.ops.quantize, mxkernels.ops.dequantize
+import torch, mxkernels as mx, mxkernels.ops.quantize_kernel, mxkernels.ops.dequantize_kernel
 mx.quantize(torch.ones(4, 32), mx.MXSpec("e2m1", rounding="stochastic")).dequantize()
 print(torch.cuda.is_available(), torch.cuda.is_initialized())
 """

@@ -29,9 +29,9 @@ from triton.runtime.interpreter import interpreter_builder
 
 from mxkernels import reference
 from mxkernels.formats import FORMATS, ElementFormat
-from mxkernels.ops.dequantize import dequantize_launch
+from mxkernels.ops.dequantize_kernel import dequantize_launch
 from mxkernels.ops.launch import Launch
-from mxkernels.ops.quantize import quantize_launch
+from mxkernels.ops.quantize_kernel import quantize_launch
 from mxkernels.spec import Block, MXSpec
 from mxkernels.tune import CastConfig
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable
 
@@ -355,3 +356,12 @@ def test_an_offset_that_is_missing() -> None:
     codes, scale, _ = OPS.quantize(ordinary(4, 8), text, None)
     with pytest.raises(ValueError, match="offset is None, but e2m1 2x2 rtne even asymmetric needs"):
         OPS.dequantize(codes, scale, None, text, 8, torch.float32)
+
+
+def test_the_functions_stay_functions_once_the_kernels_are_imported() -> None:
+    """A module of the kernels named as a function of the package would take its place."""
+    for kernel in ("quantize_kernel", "dequantize_kernel"):
+        importlib.import_module(f"mxkernels.ops.{kernel}")
+    for name in mx.ops.__all__:
+        assert getattr(mx.ops, name) is getattr(mx, name)
+        assert callable(getattr(mx, name))

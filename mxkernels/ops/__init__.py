@@ -176,7 +176,7 @@ def _quantize_pair_cpu(x: torch.Tensor, text: str, seed: torch.Tensor | None) ->
 
 
 def _quantize_cuda(x: torch.Tensor, text: str, seed: torch.Tensor | None, pair: bool = False) -> list[torch.Tensor]:
-    from .quantize import quantize_launch, quantize_tensors
+    from .quantize_kernel import quantize_launch, quantize_tensors
 
     spec = MXSpec.parse(text)
     key = (text, pair, x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % 16, seed is None or seed.data_ptr() % 16)
@@ -220,7 +220,7 @@ def _dequantize_cpu(
 def _dequantize_cuda(
     codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, text: str, cols: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    from .dequantize import dequantize_launch
+    from .dequantize_kernel import dequantize_launch
 
     codes, scale = codes.contiguous(), scale.contiguous()
     offset = None if offset is None else offset.contiguous()

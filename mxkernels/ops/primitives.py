@@ -107,9 +107,7 @@ def from_fp32_pairs(x, is_nan, DTYPE: tl.constexpr):
     NAN: tl.constexpr = 0x7FC07FC0 if DTYPE == tl.bfloat16 else 0x7E007E00
     CONVERT: tl.constexpr = "cvt.rn.bf16x2.f32" if DTYPE == tl.bfloat16 else "cvt.rn.f16x2.f32"
     even, odd = split2(x)
-    words = tl.inline_asm_elementwise(
-        CONVERT + " $0, $2, $1;", "=r,f,f", [even, odd], tl.int32, is_pure=True, pack=1
-    )
+    words = tl.inline_asm_elementwise(CONVERT + " $0, $2, $1;", "=r,f,f", [even, odd], tl.int32, is_pure=True, pack=1)
     if is_nan is None:
         # 0x7FFF alone gets a sign by adding one; its surplus over NAN is subtracted
         ones = (((words + 0x00010001) & ~words) >> 15) & 0x00010001

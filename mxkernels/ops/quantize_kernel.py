@@ -53,7 +53,9 @@ def quantize_kernel(
         turned_inside = tl.trans(inside)
     corner = x_ptr + row0 * row_stride + col0 * col_stride
     if CONFIG.square and LAYOUT.row_contiguous:
-        x = tl.trans(load_square(corner, cols - col0, rows - row0, col_stride, row_stride, TILE_COLS, TILE_ROWS, LAYOUT))
+        x = tl.trans(
+            load_square(corner, cols - col0, rows - row0, col_stride, row_stride, TILE_COLS, TILE_ROWS, LAYOUT)
+        )
     elif CONFIG.square:
         x = load_square(corner, rows - row0, cols - col0, row_stride, col_stride, TILE_ROWS, TILE_COLS, LAYOUT)
     else:
@@ -117,7 +119,9 @@ def quantize_tile(
     BLOCKS_DOWN: tl.constexpr = TILE_ROWS // BLOCK.rows
     BLOCKS_ACROSS: tl.constexpr = TILE_COLS // BLOCK.cols
     BY_BLOCK: tl.constexpr = (BLOCKS_DOWN, BLOCK.rows, BLOCKS_ACROSS, BLOCK.cols)
-    EXACT_BITS: tl.constexpr = 24 if x.dtype == tl.float32 or not SPEC.symmetric else (8 if x.dtype == tl.bfloat16 else 11)
+    EXACT_BITS: tl.constexpr = (
+        24 if x.dtype == tl.float32 or not SPEC.symmetric else (8 if x.dtype == tl.bfloat16 else 11)
+    )
 
     # One scale (and offset) a block.
     block_row = tile_row * BLOCKS_DOWN + tl.arange(0, BLOCKS_DOWN)[:, None]

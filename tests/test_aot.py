@@ -1,0 +1,109 @@
+"""Every path of the cast kernels, compiled ahead of time for GPUs that are not here: it compiles, spills nothing,
+has the instructions that it is there for, and grows no longer unnoticed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="kernels need Triton")
+
+import torch
+import triton
+from ahead_of_time import CASES, RECORD, RECORDED_ON, Case
+
+from mxkernels import gpu
+from mxkernels.spec import MXSpec
+
+ROOT = Path(__file__).parents[1]
+REGENERATE = "python tests/ahead_of_time.py --record"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx950")
+GROWTH = 1.1
+
+# Besides the installed Triton: those that `make test` fetches, the oldest supported and the newest.
+FETCHED = re.search(r"^TRITONS := (.+)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)[1].split()
+
+
+def compile_all(architecture: str, version: str, *options: str) -> dict[str, dict[str, Any]]:
+    """The outcome of every case, in a process with that Triton (`"installed"`: the one that is)."""
+    path = [str(ROOT)]
+    if version != "installed":
+        folder = ROOT / ".triton" / version
+        if not (folder / "triton").is_dir():
+            pytest.skip(f"Triton {version} is not in .triton/{version}; `make test` fetches it")
+        path.insert(0, str(folder))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "ahead_of_time.py"), architecture, *options],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {outcome["case"]: outcome for outcome in map(json.loads, done.stdout.splitlines())}
+    assert found.keys() == {case.name for case in CASES}
+    if version != "installed":
+        assert {outcome["triton"] for outcome in found.values()} == {version}
+    return found
+
+
+def expected_instructions(case: Case, architecture: str) -> set[str]:
+    """Of `ahead_of_time.INSTRUCTIONS`, those that a case needs on an architecture."""
+    able = gpu.capabilities(architecture)
+    spec = MXSpec.parse(case.spec)
+    element = spec.element
+    expected = set()
+    if not able.ptx:
+        return expected
+    if case.op == "dequantize":
+        if able.cvt_fp8 and element.special != "none":
+            expected.add(f"cvt.rn.f16x2.{element.name}x2")
+        if case.dtype == torch.float16:
+            expected.add("cvt.rn.f16x2.f32")
+    elif spec.stochastic:
+        expected.add("mul.rz.f32")
+    elif able.cvt_e2m1 and element.name == "e2m1":
+        expected.add("cvt.rn.satfinite.e2m1x2.f32")
+    elif element.bits == 4:
+        expected.add("cvt.rn.f16x2.f32")
+    elif able.cvt_fp8 and not element.twos_complement:
+        expected.add(f"cvt.rn.satfinite.{'e4m3' if element.mantissa_bits == 3 else 'e5m2'}x2.f32")
+    return expected
+
+
+def check(found: dict[str, dict[str, Any]], architecture: str) -> None:
+    """Every case at once, so that a failure shows all that is wrong."""
+    assert not [(each["case"], each["error"]) for each in found.values() if each["error"]], architecture
+    assert not [(each["case"], each["spilled_bytes"]) for each in found.values() if each["spilled_bytes"]], architecture
+    instructions = {case.name: set(found[case.name]["instructions"]) for case in CASES}
+    assert instructions == {case.name: expected_instructions(case, architecture) for case in CASES}, architecture
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("version", FETCHED)
+def test_every_path_compiles(version: str, architecture: str) -> None:
+    check(compile_all(architecture, version), architecture)
+
+
+def test_the_installed_triton_and_the_number_of_instructions() -> None:
+    """No case has grown by more than a tenth since it was recorded with the same Triton."""
+    found = compile_all(RECORDED_ON, "installed", "--count")
+    check(found, RECORDED_ON)
+    assert RECORD.exists(), f"there is no record yet: {REGENERATE}"
+    recorded = json.loads(RECORD.read_text("utf-8"))
+    if recorded["triton"] != triton.__version__:
+        pytest.skip(f"{RECORD.name} is of Triton {recorded['triton']}, installed is {triton.__version__}: {REGENERATE}")
+    before = recorded["instructions_per_element"]
+    assert before.keys() == found.keys(), f"the cases have changed: {REGENERATE}"
+    grown = {
+        name: (before[name], outcome["per_element"])
+        for name, outcome in found.items()
+        if outcome["per_element"] > GROWTH * before[name]
+    }
+    assert not grown, f"instructions an element, before and now: {grown}; if they earn it: {REGENERATE}"
