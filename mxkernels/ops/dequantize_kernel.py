@@ -10,7 +10,7 @@ from .. import gpu
 from ..spec import MXSpec
 from ..tune import CastConfig, dequantize_config
 from .launch import Launch, Layout
-from .primitives import NAN_BYTE, decode_words, from_fp32, scale_value, spread
+from .primitives import NAN_BYTE, ceil_div, decode_words, from_fp32, scale_value, spread
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def dequantize_kernel(
     """Decode a packed matrix, a tile a program; without offsets, `offset_ptr` is None."""
     TILE_ROWS: tl.constexpr = CONFIG.tile_rows
     TILE_COLS: tl.constexpr = CONFIG.tile_cols
-    tiles_across = tl.cdiv(cols, TILE_COLS)
+    tiles_across = ceil_div(cols, TILE_COLS)
     tile_row = (tl.program_id(0) // tiles_across).to(tl.int64)
     tile_col = (tl.program_id(0) % tiles_across).to(tl.int64)
 
@@ -30,7 +30,7 @@ def dequantize_kernel(
     BLOCKS_ACROSS: tl.constexpr = TILE_COLS // BLOCK.cols
     block_row = tile_row * BLOCKS_DOWN + tl.arange(0, BLOCKS_DOWN)[:, None]
     block_col = tile_col * BLOCKS_ACROSS + tl.arange(0, BLOCKS_ACROSS)[None, :]
-    blocks_across = (cols + (BLOCK.cols - 1)) // BLOCK.cols
+    blocks_across = ceil_div(cols, BLOCK.cols)
     block_index = block_row * blocks_across + block_col
     if LAYOUT.whole:
         block_inside = None
@@ -41,7 +41,7 @@ def dequantize_kernel(
     TILE_WORDS: tl.constexpr = TILE_COLS * ELEMENT.bits // 32
     # of 6 bits, a tile's words are three quarters of a power of two
     WORDS: tl.constexpr = TILE_COLS // 8 if ELEMENT.bits == 4 else TILE_COLS // 4
-    row_bytes = (cols + (ELEMENT.group - 1)) // ELEMENT.group * ELEMENT.group_bytes
+    row_bytes = ceil_div(cols, ELEMENT.group) * ELEMENT.group_bytes
     words = load_words(codes_ptr, tile_row, tile_col, rows, row_bytes, TILE_ROWS, WORDS, TILE_WORDS, LAYOUT)
     factor = scale_value(scale)
     if ELEMENT.special == "none" and offset_ptr is None:

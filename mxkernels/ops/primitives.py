@@ -119,6 +119,12 @@ def from_fp32_pairs(x, is_nan, DTYPE: tl.constexpr):
     return join2(words, words >> 16).to(tl.int16).to(DTYPE, bitcast=True)
 
 
+@triton.jit
+def ceil_div(n, divisor: tl.constexpr):
+    """n / divisor, rounded up, for n >= 1 up to its type's largest, to which nothing can be added."""
+    return (n - 1) // divisor + 1
+
+
 # --- blocks: `[BLOCKS_DOWN, rows, BLOCKS_ACROSS, cols]` to one value a block -------------------------------
 
 

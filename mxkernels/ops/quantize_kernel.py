@@ -16,6 +16,7 @@ from .primitives import (
     bits_of,
     block_max,
     block_offset,
+    ceil_div,
     encode_words,
     join8,
     random_words,
@@ -38,7 +39,7 @@ def quantize_kernel(
     somewhere to go."""
     TILE_ROWS: tl.constexpr = CONFIG.tile_rows
     TILE_COLS: tl.constexpr = CONFIG.tile_cols
-    tiles_across = tl.cdiv(cols, TILE_COLS)
+    tiles_across = ceil_div(cols, TILE_COLS)
     tile_row = (tl.program_id(0) // tiles_across).to(tl.int64)
     tile_col = (tl.program_id(0) % tiles_across).to(tl.int64)
     row0 = tile_row * TILE_ROWS
@@ -126,7 +127,7 @@ def quantize_tile(
     # One scale (and offset) a block.
     block_row = tile_row * BLOCKS_DOWN + tl.arange(0, BLOCKS_DOWN)[:, None]
     block_col = tile_col * BLOCKS_ACROSS + tl.arange(0, BLOCKS_ACROSS)[None, :]
-    blocks_across = (cols + (BLOCK.cols - 1)) // BLOCK.cols
+    blocks_across = ceil_div(cols, BLOCK.cols)
     block_index = block_row * blocks_across + block_col
     if LAYOUT.whole:
         block_inside = None
@@ -163,12 +164,12 @@ def quantize_tile(
         GROUPS: tl.constexpr = TILE_COLS // 8
         row = tile_row * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
         group = tile_col * GROUPS + tl.arange(0, GROUPS)[None, :]
-        random = random_words(tl.load(seed_ptr), row, group, (cols + 7) // 8)
+        random = random_words(tl.load(seed_ptr), row, group, ceil_div(cols, 8))
     x = tl.reshape(x, [TILE_ROWS, TILE_COLS])
     factor = spread(scale_value(254 - scale), BLOCK)
     keep = spread(scale != NAN_BYTE, BLOCK)
     words = encode_words(x, factor, keep, random, SPEC, EXACT_BITS, GPU)
-    row_bytes = (cols + (ELEMENT.group - 1)) // ELEMENT.group * ELEMENT.group_bytes
+    row_bytes = ceil_div(cols, ELEMENT.group) * ELEMENT.group_bytes
     store_words(words, codes_ptr, tile_row, tile_col, rows, row_bytes, TILE_COLS * ELEMENT.bits // 32, LAYOUT)
 
 

@@ -36,12 +36,11 @@ def quantize_config(
     """For a matrix of `rows` x `cols`, whose rows (or else columns) are contiguous; `pair`: both orientations
     are written."""
     block = spec.block
-    if pair and block.rows > 1 and block.cols > 1:
-        config = CastConfig(64, 64, 2, square=True, wide=True)
-    elif pair or not row_contiguous:
+    light = spec.symmetric and not spec.stochastic  # else what a thread holds besides elements leaves fewer registers
+    if pair or not row_contiguous:
         config = CastConfig(64, 128, 4, square=True, wide=True)
     elif block.rows >= 16:
-        config = CastConfig(32, 128, 1, square=True, wide=True)
+        config = CastConfig(32, 128 if light else 64, 1, square=True, wide=True)
     elif spec.element.bits == 6:
         config = CastConfig(8, 512, 2, wide=True)
     elif spec.element.bits == 8 or bytes_per_element == 4:
