@@ -89,7 +89,6 @@ def empty_parts(rows: int, cols: int, spec: MXSpec) -> list[torch.Tensor]:
 CASES = (
     # elements to nearest: 4 bits, 6, 8, integers, each as short, longer or full significands
     Case("quantize", "e2m1 1x32 rtne even symmetric"),
-    Case("quantize", "e2m1 1x32 rtne rceil symmetric", FP16),
     Case("quantize", "e3m0 1x32 rtne floor asymmetric"),
     Case("quantize", "e2m3 1x32 rtne even symmetric"),
     Case("quantize", "e3m2 1x16 rtne ceil symmetric", FP32),
@@ -102,9 +101,8 @@ CASES = (
     Case("quantize", "e4m3 4x4 stochastic rceil asymmetric"),
     Case("quantize", "e2m3 1x32 stochastic even symmetric"),
     Case("quantize", "int8 1x32 stochastic floor symmetric"),
-    # blocks and tiles: down the columns, square, large
-    Case("quantize", "e2m1 32x1 rtne even symmetric"),
-    Case("quantize", "e4m3 32x32 rtne rceil symmetric"),
+    # blocks down the columns
+    Case("quantize", "e2m1 32x1 rtne even symmetric", FP16),
     # memory: columns contiguous, both orientations, tiles cut by the edge, rows of odd bytes
     Case("quantize", "e2m1 1x32 rtne even symmetric", transposed=True),
     Case("quantize_pair", "e2m1 1x32 rtne even symmetric"),
@@ -116,8 +114,7 @@ CASES = (
     Case("dequantize", "e2m3 1x32 rtne even symmetric", FP16),
     Case("dequantize", "e4m3 4x4 rtne rceil symmetric", FP32),
     Case("dequantize", "e5m2 32x1 rtne rceil asymmetric", FP16),
-    Case("dequantize", "int8 1x32 rtne floor asymmetric"),
-    Case("dequantize", "int4 1x32 rtne ceil symmetric", cols=16416),
+    Case("dequantize", "int8 1x32 rtne floor asymmetric", cols=16416),
     Case("dequantize", "e3m2 1x32 rtne even symmetric", cols=16381),
 )
 

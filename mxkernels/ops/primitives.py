@@ -280,7 +280,8 @@ def encode_words(x, factor, keep, random, SPEC: tl.constexpr, EXACT_BITS: tl.con
     """`x * factor` rounded on the format's grid and packed into words (`pack`); code 0 where not `keep`.
 
     All are `[R, C]`, but `random` is `[R, C/2]`, the 16 bits of two elements in a word; `factor` is 2**-e of
-    each element's block. Conversions in hardware stand in for `encode` where they give its very codes.
+    each element's block, so that nothing kept reaches 2**(emax + 1): no scale rule leaves more. Conversions in
+    hardware stand in for `encode` where they give its very codes.
     """
     ELEMENT: tl.constexpr = SPEC.element
     kept = tl.where(keep, (1 << ELEMENT.bits) - 1, 0)

@@ -38,7 +38,7 @@ def quantize_config(
     block = spec.block
     light = spec.symmetric and not spec.stochastic  # else what a thread holds besides elements leaves fewer registers
     if pair or not row_contiguous:
-        config = CastConfig(64, 128, 4, square=True, wide=True)
+        config = CastConfig(64, 128 if light else 64, 4, square=True, wide=True)
     elif block.rows >= 16:
         config = CastConfig(32, 128 if light else 64, 1, square=True, wide=True)
     elif spec.element.bits == 6:
