@@ -53,7 +53,7 @@ def table(recorded: dict[str, Any]) -> str:
         f"{environment['device']}, PyTorch {environment['torch']}, Triton {environment['triton']}; "
         "16384x16384, bfloat16, cold L2, median:"
     )
-    return f"{title}\n\n{tabulate(rows, list(COLUMNS), 'github')}\n\n"
+    return f"{title}\n\n{tabulate(rows, list(COLUMNS), 'github', disable_numparse=True)}\n\n"
 
 
 def main() -> None:

@@ -320,6 +320,7 @@ def test_tiles_do_not_show(name: str, rounding: str, block: str, symmetric: bool
         for config in itertools.chain.from_iterable(map(configs_of, tiles)):
             assert_same_parts(quantize(matrix, spec, seed_of(spec), config=config), expected, config)
             assert_same_bytes(dequantize(expected, spec, cols, torch.float32, config), values, config)
+        check_quantize(matrix, spec, seed_of(spec), pair=True, config=CastConfig(16, 32, 1))
 
 
 @pytest.mark.parametrize("name", ["e2m1", "e2m3", "e4m3", "int8"])

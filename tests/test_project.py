@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -15,7 +16,14 @@ import mxkernels
 from mxkernels.cli import cli
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/numerics.md", "docs/decisions.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/numerics.md",
+    "docs/decisions.md",
+    "docs/speed.md",
+]
 
 
 def read(name: str) -> str:
@@ -119,3 +127,12 @@ def test_wheel(tmp_path: Path) -> None:
     assert "mxkernels/py.typed" in names
     entry_points = zipfile.ZipFile(wheel).read(f"mxkernels-{mxkernels.__version__}.dist-info/entry_points.txt").decode()
     assert "mxkernels = mxkernels.cli:main" in entry_points
+
+
+def test_the_results_in_the_readme_are_the_recorded_ones() -> None:
+    sys.path.insert(0, str(ROOT / "bench"))
+    import table
+
+    recorded = json.loads(table.RECORDED.read_text("utf-8"))
+    assert table.START + table.table(recorded) + table.END in (ROOT / "README.md").read_text("utf-8")
+    assert recorded["environment"]["commit"]
