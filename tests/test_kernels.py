@@ -348,6 +348,11 @@ def test_codes_from_anywhere_in_memory(name: str, start: int) -> None:
     moved.copy_(parts[0])
     got = dequantize([moved, parts[1]], spec, 128, torch.bfloat16)
     assert_same_bytes(got, expected_values(parts, spec, 128, torch.bfloat16))
+    # the interpreter does not mind what a GPU would: that the launch promises more alignment than there is
+    out = torch.empty((8, 128), dtype=torch.bfloat16)
+    for config in configs_of((8, 128)):
+        layout = dequantize_launch(moved, parts[1], None, spec, out, config).arguments["LAYOUT"]
+        assert moved.data_ptr() % layout.alignment == 0
 
 
 # --- beyond 32 bits ----------------------------------------------------------------------------------------
