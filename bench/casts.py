@@ -7,7 +7,6 @@ The schema is that of `mxkernels bench --format json`.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recording import record
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mxkernels import FORMATS, MXSpec, report
+from mxkernels import FORMATS, MXSpec
 from mxkernels.bench import Bench, Case
-from mxkernels.environment import device_name, environment
 from mxkernels.perf import DEFAULT_SHAPE
 
 LARGE = DEFAULT_SHAPE["cuda"]
@@ -84,21 +83,5 @@ def measure(group: str, bench: Bench, cases: Sequence[Case]) -> list[dict[str, A
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("group", choices=GROUPS)
-    parser.add_argument("--results", type=Path, required=True, metavar="DIR")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("torch sees no GPU, and these are a GPU's measurements")
-    device = torch.device("cuda", torch.cuda.current_device())
-    rows = measure(arguments.group, Bench(device), GROUPS[arguments.group]())
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    name = device_name(device).lower().replace(" ", "-")
-    path = arguments.results / f"{name}-{arguments.group}.json"
-    path.write_text(report.render("json", environment(device), rows), encoding="utf-8")
-    print(f"wrote {path}")
-
-
 if __name__ == "__main__":
-    main()
+    record(__doc__, GROUPS, lambda group, device: measure(group, Bench(device), GROUPS[group]()))

@@ -30,7 +30,14 @@ LIMIT_S = 570
 TAIL = 6000  # characters of output that are kept
 NO_TESTS_RAN = 5  # pytest's exit status
 
-MEASUREMENTS = ("casts", "overhead", "sizes")
+# By group, the script that measures it.
+MEASUREMENTS = {
+    "casts": "bench/casts.py",
+    "overhead": "bench/casts.py",
+    "sizes": "bench/casts.py",
+    "products": "bench/products.py",
+    "products-overhead": "bench/products.py",
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,10 @@ def pieces(results: Path) -> list[Piece]:
     pytest = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
     return [
         *(Piece(path.stem, (*pytest, f"tests/{path.name}")) for path in tests),
-        *(Piece(f"measure_{group}", ("bench/casts.py", group, "--results", str(results))) for group in MEASUREMENTS),
+        *(
+            Piece(f"measure_{group}", (script, group, "--results", str(results)))
+            for group, script in MEASUREMENTS.items()
+        ),
     ]
 
 

@@ -1,6 +1,6 @@
-"""The README's table of results, made from the recorded ones.
+"""The README's tables of results, made from the recorded ones.
 
-python bench/table.py          rewrites it between its two markers
+python bench/table.py          rewrites each between its two markers
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,43 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDED = ROOT / "bench/results/nvidia-h200-casts.json"
-START, END = "<!-- results: python bench/table.py -->\n", "<!-- end of results -->"
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: its recorded results, what is said over it, which rows and columns it shows.
+
+    Attributes:
+        name: in its markers.
+    """
+
+    name: str
+    recorded: Path
+    title: str
+    shown: Callable[[Row], bool]
+    columns: dict[str, Callable[[Row], str]]
+
+    @property
+    def start(self) -> str:
+        return f"<!-- {self.name}: python bench/table.py -->\n"
+
+    @property
+    def end(self) -> str:
+        return f"<!-- end of {self.name} -->"
+
+    def text(self) -> str:
+        """What stands between the markers."""
+        if not self.recorded.exists():
+            return "Not recorded yet.\n\n"
+        recorded = json.loads(self.recorded.read_text("utf-8"))
+        environment = recorded["environment"]
+        rows = [[column(row) for column in self.columns.values()] for row in recorded["rows"] if self.shown(row)]
+        title = (
+            f"{environment['device']}, PyTorch {environment['torch']}, Triton {environment['triton']}; {self.title}:"
+        )
+        return f"{title}\n\n{tabulate(rows, list(self.columns), 'github', disable_numparse=True)}\n\n"
 
 
 def cast(row: Row) -> str:
@@ -32,35 +66,62 @@ def cast(row: Row) -> str:
     return " ".join(words)
 
 
-def shown(row: Row) -> bool:
+def cast_shown(row: Row) -> bool:
     """The large bfloat16 matrix; of the dequantised tiles, e2m1 alone."""
     large = tuple(row["shape"]) == (16384, 16384) and row["dtype"] == "bf16"
     return large and not (row["op"] == "dequantize" and row["block"] == "4x4" and row["fmt"] != "e2m1")
 
 
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "cast": cast,
-    "µs": lambda row: f"{row['median_us']:.0f}",
-    "GB/s": lambda row: f"{row['gbps']:.0f}",
-    "share of a copy": lambda row: f"{row['fraction_of_limit']:.2f}",
-}
+def product(row: Row) -> str:
+    """The operands and what the product is for."""
+    activations = " ".join(row["activations"].split()[:2])
+    purpose = f", {row['name']}" if row["name"] else ""
+    return f"{activations} × {row['fmt']} {row['block']}{purpose}"
 
 
-def table(recorded: dict[str, Any]) -> str:
-    environment = recorded["environment"]
-    rows = [[column(row) for column in COLUMNS.values()] for row in recorded["rows"] if shown(row)]
-    title = (
-        f"{environment['device']}, PyTorch {environment['torch']}, Triton {environment['triton']}; "
-        "16384x16384, bfloat16, cold L2, median:"
-    )
-    return f"{title}\n\n{tabulate(rows, list(COLUMNS), 'github', disable_numparse=True)}\n\n"
+def product_shown(row: Row) -> bool:
+    """Of the backward products, those of the square layer."""
+    return not row["name"].startswith(("dgrad", "wgrad")) or len(set(row["shape"])) == 1
+
+
+CASTS = Table(
+    "results",
+    ROOT / "bench/results/nvidia-h200-casts.json",
+    "16384x16384, bfloat16, cold L2, median",
+    cast_shown,
+    {
+        "cast": cast,
+        "µs": lambda row: f"{row['median_us']:.0f}",
+        "GB/s": lambda row: f"{row['gbps']:.0f}",
+        "share of a copy": lambda row: f"{row['fraction_of_limit']:.2f}",
+    },
+)
+PRODUCTS = Table(
+    "products",
+    ROOT / "bench/results/nvidia-h200-products.json",
+    "bfloat16 out, cold L2, median; bf16 by `torch.mm`, FP8 by `torch._scaled_mm` with a scale a tensor",
+    product_shown,
+    {
+        "product": product,
+        "M x N x K": lambda row: "x".join(map(str, row["shape"])),
+        "from": lambda row: row["timed_from"],
+        "µs": lambda row: f"{row['median_us']:.0f}" if row["median_us"] >= 100 else f"{row['median_us']:.1f}",
+        "TFLOP/s": lambda row: f"{row['tflops']:.0f}",
+        "times bf16": lambda row: f"{row['vs_bf16']:.2f}",
+        "times FP8": lambda row: "–" if row["vs_fp8"] is None else f"{row['vs_fp8']:.2f}",
+    },
+)
+TABLES = (CASTS, PRODUCTS)
 
 
 def main() -> None:
     readme = ROOT / "README.md"
-    before, _, rest = readme.read_text("utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    readme.write_text(before + START + table(json.loads(RECORDED.read_text("utf-8"))) + END + after, "utf-8")
+    page = readme.read_text("utf-8")
+    for table in TABLES:
+        before, _, rest = page.partition(table.start)
+        _, _, after = rest.partition(table.end)
+        page = before + table.start + table.text() + table.end + after
+    readme.write_text(page, "utf-8")
 
 
 if __name__ == "__main__":

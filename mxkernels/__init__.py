@@ -1,8 +1,10 @@
 """Microscaling (MX) formats for training and serving, in Triton. Start at `quantize`; bytes: `docs/numerics.md`."""
 
 from .files import load_file, save_file
+from .folded import FoldedTensor
 from .formats import FORMATS, ElementFormat
-from .ops import dequantize, quantize, quantize_pair
+from .ops import dequantize, explain, fold, matmul, quantize, quantize_pair
+from .prepared import PreparedTensor, prepare
 from .spec import (
     PRESETS,
     Block,
@@ -24,10 +26,15 @@ __all__ = [
     "PRESETS",
     "Block",
     "ElementFormat",
+    "FoldedTensor",
     "MXSpec",
     "MXTensor",
+    "PreparedTensor",
     "dequantize",
+    "explain",
+    "fold",
     "load_file",
+    "matmul",
     "mxfp4",
     "mxfp6_e2m3",
     "mxfp6_e3m2",
@@ -35,6 +42,7 @@ __all__ = [
     "mxfp8_e5m2",
     "mxint4",
     "mxint8",
+    "prepare",
     "quantize",
     "quantize_pair",
     "save_file",

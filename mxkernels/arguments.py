@@ -6,7 +6,7 @@ A mistake is one sentence on stderr that names the argument and what is allowed,
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,15 @@ import torch
 
 from . import report
 from .bench import OPS
+from .bench_products import Source
 from .environment import triton_version
 from .formats import FORMATS
 from .perf import SHAPES, Shape
 from .spec import PRESETS, MXSpec
 from .support import OPS as KNOWN_OPS
+
+MEASURED = (*OPS, "matmul")
+PLAIN = ("bfloat16", "float16")
 
 Callback = Callable[[click.Context, click.Parameter, Any], Any]
 
@@ -78,10 +82,21 @@ def spec_named(text: str) -> MXSpec:
 
 
 def op_named(text: str) -> str:
-    if text not in OPS:
+    if text not in MEASURED:
         why = "is not there yet" if text in KNOWN_OPS else "is no op"
-        raise ValueError(f"{text!r} {why}; allowed: {', '.join(OPS)}")
+        raise ValueError(f"{text!r} {why}; allowed: {', '.join(MEASURED)}")
     return text
+
+
+def activations_named(text: str) -> Source:
+    """A spec, or the dtype of activations that stay plain."""
+    if text in PLAIN:
+        dtype: torch.dtype = getattr(torch, text)
+        return dtype
+    try:
+        return spec_named(text)
+    except ValueError as error:
+        raise ValueError(f"{error}; or {', '.join(PLAIN)}") from None
 
 
 def shapes_named(text: str) -> list[tuple[str, Shape]]:
@@ -93,6 +108,20 @@ def shapes_named(text: str) -> list[tuple[str, Shape]]:
         presets = ", ".join(SHAPES)
         raise ValueError(f"{text!r} is no shape; allowed: sizes such as 4096x4096, or a preset: {presets}")
     return [("", tuple(map(int, sides)))]
+
+
+def product_shapes(named: list[tuple[str, Shape]], rows: Sequence[int]) -> list[tuple[str, tuple[int, int, int]]]:
+    """M, N and K of the products that shapes ask for: of weights N x K, one for each of `rows`."""
+    products: list[tuple[str, tuple[int, int, int]]] = []
+    for name, shape in named:
+        if len(shape) == 3:
+            products.append((name, shape))
+        elif len(shape) == 2:
+            products += [(name, (m, *shape)) for m in rows]
+        else:
+            text = "x".join(map(str, shape))
+            raise Mistake(f"Invalid value for '--shape': {text}; allowed for matmul: MxNxK, or NxK, the weights'")
+    return products
 
 
 def writable(path: Path) -> Path:

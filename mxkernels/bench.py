@@ -17,7 +17,7 @@ from .tensor import MXTensor
 
 OPS = ("quantize", "dequantize", "quantize_pair")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ERROR_CHUNK = 1 << 24  # elements that the error is summed over at once, in float64
 
 # What serves each device type, and where its config comes from.
@@ -106,7 +106,7 @@ class Bench:
             "scale_rounding": case.spec.scale_rounding,
             "symmetric": case.spec.symmetric,
             "shape": list(case.shape),
-            "dtype": _DTYPE_NAMES[case.dtype],
+            "dtype": DTYPE_NAMES[case.dtype],
             "transposed": case.transposed,
             "name": case.name,
             "device": device_name(self.device),

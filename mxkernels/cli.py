@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,19 +17,22 @@ from . import __version__, gpu, report
 from .arguments import (
     Mistake,
     Program,
+    activations_named,
     checked,
     each,
     op_named,
     plottable,
+    product_shapes,
     shapes_named,
     spec_named,
     usable_device,
     writable,
 )
 from .bench import DTYPES, Bench, Case
+from .bench_products import ProductBench, ProductCase, Source, timings
 from .environment import device_name, driver_version, environment, triton_version
 from .inputs import load_tensor
-from .perf import DEFAULT_SHAPE, SHAPES, Shape
+from .perf import DEFAULT_SHAPE, DEFAULT_WEIGHT, ROWS, SHAPES, Shape
 from .spec import Block, MXSpec, ScaleRounding
 
 _FORM_BY_ENDING = {".json": "json", ".csv": "csv", ".md": "markdown"}
@@ -37,10 +42,11 @@ _FORM_BY_ENDING = {".json": "json", ".csv": "csv", ".md": "markdown"}
 @click.version_option(__version__, prog_name="mxkernels")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Microscaling (MX) formats: measure the casts, look up the formats, see what this machine can do.
+    """Microscaling (MX) formats: measure casts and products, look up the formats, see what this machine can do.
 
     \b
     mxkernels bench --fmt e2m1 --block 4x4      how fast, how small, how far off
+    mxkernels bench --op matmul                 the same of products, beside bf16 and FP8
     mxkernels formats                           every element format and its values
     mxkernels doctor                            versions, GPUs, and what runs how on them
     """
@@ -48,7 +54,7 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-@cli.command(short_help="Measure casts: time, bytes and error.")
+@cli.command(short_help="Measure casts and matrix products: time, bytes and error.")
 @click.option(
     "--fmt",
     "specs",
@@ -88,7 +94,7 @@ def cli(ctx: click.Context) -> None:
     metavar="OP",
     callback=each(op_named),
     help="quantize, dequantize, or quantize_pair (both orientations from one read; its bytes are those of both). "
-    "Repeat it, or separate with commas.  [default: quantize,dequantize]",
+    "Repeat it, or separate with commas. Or matmul, alone.  [default: quantize,dequantize]",
 )
 @click.option(
     "--shape",
@@ -97,7 +103,16 @@ def cli(ctx: click.Context) -> None:
     metavar="SHAPE",
     callback=each(shapes_named),
     help="Of the tensor, such as 4096x4096 or 8x512x4096 (leading dimensions are rows), or the layers of a model: "
-    f"{', '.join(SHAPES)}. Repeat it, or separate with commas.  [default: 16384x16384 on a GPU, 512x512 on a CPU]",
+    f"{', '.join(SHAPES)}. Repeat it, or separate with commas. For matmul, MxNxK; or NxK, the weights', and M is "
+    f"{', '.join(map(str, ROWS['cuda']))} ({', '.join(map(str, ROWS['cpu']))} on a CPU).  [default: 16384x16384 on a "
+    "GPU, 512x512 on a CPU; for matmul 8192x8192 and 256x256]",
+)
+@click.option(
+    "--activations",
+    metavar="NAME",
+    callback=checked(activations_named),
+    help="For matmul: the left operand's element format or preset, with the options of the weights; or bfloat16 or "
+    "float16, to leave it plain beside quantised weights.  [default: as --fmt]",
 )
 @click.option(
     "--dtype",
@@ -161,6 +176,7 @@ def bench(
     asymmetric: bool,
     ops: list[str],
     shapes: list[list[tuple[str, Shape]]],
+    activations: Source | None,
     dtype: str | None,
     tensor: torch.Tensor | None,
     device: torch.device,
@@ -170,7 +186,7 @@ def bench(
     plot: Path | None,
     earlier: list[report.Row] | None,
 ) -> None:
-    """Measure casts: time, share of the limit, bytes, and the error against the original.
+    """Measure casts or products: time, share of the limit, bytes, and the error against the original.
 
     \b
     mxkernels bench --fmt e2m1 --block 4x4
@@ -179,6 +195,8 @@ def bench(
     mxkernels bench --fmt int4 --asymmetric --input model.safetensors:lm_head.weight
     mxkernels bench --fmt mxfp4 --output before.json
     mxkernels bench --fmt mxfp4 --compare before.json
+    mxkernels bench --op matmul --fmt mxfp4 --shape 4096x14336x4096
+    mxkernels bench --op matmul --fmt mxfp4 --activations bfloat16 --shape 8192x8192
 
     One row an op, format, block and shape. Times are medians, with the 10th and 90th percentiles; on a GPU the
     L2 cache is flushed before each call. GB/s counts what the op must read and write, and the limit is a copy
@@ -187,27 +205,48 @@ def bench(
     byte, and a 32-bit scale a row). The error is that of decoding to fp32, summed in float64. A block that holds
     NaN or Inf decodes to NaN as a whole; such elements are left out of the error, and counted.
 
+    matmul multiplies activations [M, K] by weights [N, K], transposed, both Gaussian and quantised. A row for
+    each start: operands folded before, stored codes, and plain operands, which are both quantised in the call.
+    "vs bf16" is how many times faster that is than torch.mm in bf16, timed just before and just after; beside it
+    FP8 by torch._scaled_mm with a scale a tensor, and a plain Triton kernel with tl.dot_scaled, where the GPU
+    has them. The limit is a copy again, or the rate of a large product by torch. The error is against the
+    product of the plain operands; "of bound" is the largest error against that of the decoded ones, as a share
+    of what docs/numerics.md allows. At the end: from which M on it pays.
+
     Without a GPU the same ops run through the reference: bytes and errors are real, times are the CPU's.
     """
     if tensor is not None and shapes:
         raise Mistake("Invalid value for '--shape': the tensor of --input has one; allowed: one of the two options")
-    tensor, dtype = _converted(tensor, dtype)
-    default = DEFAULT_SHAPE[device.type] if tensor is None else tuple(tensor.shape)
-    named = [pair for preset in shapes for pair in preset] or [("", default)]
-    overrides = {
+    given: dict[str, Any] = {
         "rounding": "stochastic" if rounding == "sr" else rounding,
         "scale_rounding": scale_rounding,
         "symmetric": False if asymmetric else None,
     }
-    cases = [
-        Case(op, spec, shape, DTYPES[dtype], name=name)
-        for name, shape in named
-        for spec in _overridden(specs, blocks, overrides)
-        for op in ops
-    ]
+    overrides = [{**given, "block": block} for block in blocks] or [given]
+    named = [pair for preset in shapes for pair in preset]
+    runner: Bench | ProductBench
+    cases: list[Case] | list[ProductCase]
+    if "matmul" in ops:
+        _check_products(ops, tensor)
+        named = named or [("", DEFAULT_WEIGHT[device.type])]
+        cases = _product_cases(named, specs, activations, overrides, DTYPES[dtype or "bf16"], ROWS[device.type])
+        runner = ProductBench(device, seed)
+    else:
+        if activations is not None:
+            raise Mistake("Invalid value for '--activations': only matmul has them; allowed: with --op matmul")
+        tensor, dtype = _converted(tensor, dtype)
+        named = named or [("", DEFAULT_SHAPE[device.type] if tensor is None else tuple(tensor.shape))]
+        cases = [
+            Case(op, _overridden(spec, override), shape, DTYPES[dtype], name=name)
+            for name, shape in named
+            for spec in specs
+            for override in overrides
+            for op in ops
+        ]
+        runner = Bench(device, seed)
     if device.type == "cpu":
         click.echo("On the CPU, through the reference: bytes and errors are real, the times are this CPU's.", err=True)
-    rows = _measure(Bench(device, seed), cases, tensor)
+    rows = _measure(runner, cases, tensor)
     if earlier is not None:
         rows = _compared(rows, earlier)
     form = form or _FORM_BY_ENDING.get(output.suffix if output else "", "table")
@@ -231,19 +270,48 @@ def _converted(tensor: torch.Tensor | None, dtype: str | None) -> tuple[torch.Te
     raise Mistake(f"Invalid value for '--input': it is {tensor.dtype}; allowed: {', '.join(DTYPES)} (--dtype converts)")
 
 
-def _overridden(specs: list[MXSpec], blocks: list[Block], overrides: dict[str, Any]) -> list[MXSpec]:
-    """Each spec in each block, or in its own, with what the options say."""
-    given = {field: value for field, value in overrides.items() if value is not None}
-    return [replace(spec, block=block, **given) for spec in specs for block in blocks or [spec.block]]
+def _overridden(spec: MXSpec, override: dict[str, Any]) -> MXSpec:
+    """The spec with what the options say; None is an option left out."""
+    return replace(spec, **{field: value for field, value in override.items() if value is not None})
 
 
-def _measure(runner: Bench, cases: list[Case], tensor: torch.Tensor | None) -> list[report.Row]:
-    x = None if tensor is None else tensor.to(runner.device)
+def _check_products(ops: list[str], tensor: torch.Tensor | None) -> None:
+    if set(ops) != {"matmul"}:
+        raise Mistake("Invalid value for '--op': matmul is measured on shapes of its own; allowed: matmul alone")
+    if tensor is not None:
+        raise Mistake("Invalid value for '--input': matmul draws its operands; allowed: with the other ops")
+
+
+def _product_cases(
+    named: list[tuple[str, Shape]],
+    specs: list[MXSpec],
+    activations: Source | None,
+    overrides: list[dict[str, Any]],
+    dtype: torch.dtype,
+    rows: tuple[int, ...],
+) -> list[ProductCase]:
+    cases = []
+    for name, shape in product_shapes(named, rows):
+        for spec in specs:
+            for override in overrides:
+                b = _overridden(spec, override)
+                a = activations or spec
+                a = _overridden(a, override) if isinstance(a, MXSpec) else a
+                cases += [ProductCase(shape, a, b, timed, dtype, name=name) for timed in timings(a, b, shape[0])]
+    return cases
+
+
+def _measure(
+    runner: Bench | ProductBench, cases: Sequence[Case | ProductCase], tensor: torch.Tensor | None
+) -> list[report.Row]:
+    measure: Callable[..., report.Row] = runner.row
+    if tensor is not None:
+        measure = partial(measure, x=tensor.to(runner.device))
     rows = []
     for number, case in enumerate(cases, 1):
         _progress(f"{number}/{len(cases)} {case}")
         try:
-            rows.append(runner.row(case, x))
+            rows.append(measure(case))
         except (RuntimeError, MemoryError) as error:
             if not _does_not_fit(error):
                 raise
@@ -253,7 +321,7 @@ def _measure(runner: Bench, cases: list[Case], tensor: torch.Tensor | None) -> l
                 f"Invalid value for '{what}': {shape} does not fit in the memory of {runner.device}"
             ) from None
     _progress("")
-    left_out = max(row["nonfinite"] for row in rows)
+    left_out = max(row.get("nonfinite", 0) for row in rows)  # products have none
     if left_out:
         click.echo(
             f"{left_out} elements decode to NaN or Inf (they or others of their block are); the error leaves them out.",

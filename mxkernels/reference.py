@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from .folded import Window
 from .formats import ElementFormat
 from .spec import MXSpec
 
@@ -21,6 +22,7 @@ _NAN_BITS = {
 }
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+FoldedParts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def quantize(matrix: torch.Tensor, spec: MXSpec, seed: int | None = None) -> Parts:
@@ -81,6 +83,39 @@ def dequantize(
     return out
 
 
+def fold(codes: torch.Tensor, scale: torch.Tensor, spec: MXSpec, window: Window) -> FoldedParts:
+    """Rewrite a matrix in an FP8 format with one power of two a row, where that loses nothing.
+
+    Args:
+        codes: uint8 `[R, C]`, one element a byte; scale: uint8 `[ceil(R/r), ceil(C/c)]`.
+        spec: a symmetric spec; window: how its elements fit the FP8 format.
+
+    Returns:
+        FP8 codes uint8 `[R, C]`; scale, as before; reference uint8 `[ceil(R/r)]`; int32 `[1]`, not 0 if a
+        block has a scale of its own: see `mxkernels.FoldedTensor`.
+    """
+    rows, cols = codes.shape
+    is_nan = scale == NAN_BYTE
+    largest = scale.int().masked_fill(is_nan, 0)
+    largest = largest.amax(1) if scale.shape[1] else largest.new_zeros(scale.shape[0])
+    reference = (largest - window.top).clamp(min=0)
+    fits = is_nan | (scale.int() - reference[:, None] >= window.low)
+    folded_scale = torch.where(fits, reference[:, None], (scale.int() - window.top).clamp(min=0))
+    values = torch.tensor(spec.element.values, dtype=torch.float64, device=codes.device)[codes.long()]
+    shift = (scale.int() - folded_scale).masked_fill(is_nan, 0)
+    folded = encode(values * power_of_two(_spread(shift, spec, rows, cols)), window.carrier, None)
+    folded = folded.masked_fill(_spread(is_nan, spec, rows, cols), 0x7F)
+    outside = ((values != 0) & ~_spread(fits, spec, rows, cols)).any()
+    folded_scale = folded_scale.masked_fill(is_nan, NAN_BYTE)
+    return folded, folded_scale.to(torch.uint8), reference.to(torch.uint8), outside.int().reshape(1)
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """`a @ b + bias` of decoded operands (fp32) in float64, rounded once to `dtype`."""
+    product = a.double() @ b.double()
+    return round_to(product if bias is None else product + bias.double(), dtype)
+
+
 def _quantize_band(x: torch.Tensor, spec: MXSpec, seed: int | None, first_row: int) -> Parts:
     """Codes (unpacked), scales and offsets of a few rows; a block's rows are all here."""
     rows, cols = x.shape
@@ -130,7 +165,7 @@ def encode(v: torch.Tensor, element: ElementFormat, random: torch.Tensor | None)
     """Steps 6 and 7: round float64 `v` on the format's grid. `random` holds 16 bits an element, or None for
     nearest-even. Returns uint8 codes, one a byte."""
     table = torch.tensor(element.magnitudes, dtype=torch.float64, device=v.device)
-    magnitude = v.abs()
+    magnitude = v.abs().contiguous()
     lower = torch.searchsorted(table, magnitude, right=True) - 1
     upper = (lower + 1).clamp(max=element.max_code)
     gap = (table[upper] - table[lower]).masked_fill(upper == lower, torch.inf)

@@ -18,7 +18,10 @@ from .support import support_matrix
 Row = dict[str, Any]
 
 # What says that two rows measure the same thing; the device does not, so that machines can be compared.
-_KEY = ("op", "fmt", "block", "rounding", "scale_rounding", "symmetric", "shape", "dtype", "transposed")
+_KEY = (
+    "op", "fmt", "block", "rounding", "scale_rounding", "symmetric", "shape", "dtype", "transposed", "activations",
+    "timed_from", "a_turned", "b_turned",
+)  # fmt: skip
 _SMALL_FORMAT_BITS = 6  # up to here a format's values are listed in full
 
 
@@ -76,18 +79,28 @@ def support_table(capabilities: Capabilities | None) -> str:
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
-    """Draw the rows' GB/s beside their limit, and their error. Needs matplotlib; the ending is the file type."""
+    """Draw the rows' GB/s beside their limit (of products TFLOP/s beside bf16), and their error. Needs matplotlib;
+    the ending is the file type."""
     from matplotlib.figure import Figure
 
-    labels = [f"{row['op']} {row['fmt']} {row['block']} {row['scale_rounding']}" for row in rows]
+    if _are_products(rows):
+        labels = [f"{_shape(row['shape'])} {_activations(row)} x {row['fmt']} {row['timed_from']}" for row in rows]
+        speeds = [row["tflops"] for row in rows]
+        marks, mark = [row["tflops"] / row["vs_bf16"] for row in rows], "bf16, by torch.mm"
+        unit = "TFLOP/s"
+    else:
+        labels = [f"{row['op']} {row['fmt']} {row['block']} {row['scale_rounding']}" for row in rows]
+        speeds = [row["gbps"] for row in rows]
+        marks, mark = [row["limit_gbps"] for row in rows], "a copy of the same bytes"
+        unit = "GB/s, read and written,"
     places = range(len(rows))
     figure = Figure(figsize=(12, 1.5 + 0.35 * len(rows)), layout="constrained")
     speed, rmse = figure.subplots(1, 2, sharey=True)
-    speed.barh(places, [row["gbps"] for row in rows], color="tab:blue")
-    speed.plot([row["limit_gbps"] for row in rows], places, "k|", markersize=14, label="a copy of the same bytes")
+    speed.barh(places, speeds, color="tab:blue")
+    speed.plot(marks, places, "k|", markersize=14, label=mark)
     speed.set_yticks(places, labels)
     speed.invert_yaxis()
-    speed.set_xlabel(f"GB/s, read and written, on {rows[0]['device']}")
+    speed.set_xlabel(f"{unit} on {rows[0]['device']}")
     speed.legend()
     rmse.barh(places, [row["rmse"] or 0.0 for row in rows], color="tab:orange")
     rmse.set_xlabel("root mean square error")
@@ -101,13 +114,62 @@ def plot_endings() -> list[str]:
     return sorted(FigureCanvasBase.get_supported_filetypes())
 
 
+def pays_from(rows: Sequence[Row]) -> list[str]:
+    """From which M on products of MX operands are faster than in bf16: a sentence for each pair of operands and
+    shape of the weights, of the rows that include most (the quantisation of both, if that was timed)."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        operands = (row["activations"], row["fmt"], row["block"], row["scale_rounding"])
+        groups.setdefault((*operands, *row["shape"][1:]), []).append(row)
+    return [_verdict(members) for members in groups.values()]
+
+
+def _verdict(rows: Sequence[Row]) -> str:
+    """Of rows that differ in M and in what they are timed from."""
+    quantised = any(row["timed_from"] == "plain" for row in rows)
+    included = [row for row in rows if row["timed_from"] == ("plain" if quantised else "codes")]
+    ratios = dict(sorted((row["shape"][0], row["vs_bf16"]) for row in included))
+    slower = max((m for m, ratio in ratios.items() if ratio <= 1), default=0)
+    onwards = [m for m in ratios if m > slower]
+    below = [str(m) for m, ratio in ratios.items() if m < slower and ratio > 1]
+    where = [f"from M = {onwards[0]} on ({ratios[onwards[0]]:.2f} times bf16)"] if onwards else []
+    where += [f"at M = {', '.join(below)}"] if below else []
+    _, n, k = rows[0]["shape"]
+    return (
+        f"{_activations(rows[0])} x {rows[0]['fmt']} {rows[0]['block']}, N = {n}, K = {k}, "
+        f"{'quantisation included' if quantised else 'from stored codes'}: "
+        f"pays {' and '.join(where) or 'nowhere'}, of M = {', '.join(map(str, ratios))}."
+    )
+
+
 def _key(row: Row) -> tuple[str, ...]:
     return tuple(json.dumps(row.get(field)) for field in _KEY)
 
 
+def _are_products(rows: Sequence[Row]) -> bool:
+    return bool(rows[0]["op"] == "matmul")
+
+
+def _activations(row: Row) -> str:
+    """Format and block, or the dtype of plain ones."""
+    return " ".join(row["activations"].split()[:2])
+
+
 def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
     """What people read, by heading."""
-    columns: dict[str, Callable[[Row], str]] = {
+    columns = _product_columns() if _are_products(rows) else _cast_columns()
+    if any(row["name"] for row in rows):
+        columns["from"] = lambda row: row["name"]
+    if "old_median_us" in rows[0]:
+        columns["old µs"] = lambda row: _number(row["old_median_us"], ".1f")
+        columns["new/old"] = lambda row: (
+            f"{row['median_us'] / row['old_median_us']:.3f}" if row["old_median_us"] else "–"
+        )
+    return columns
+
+
+def _cast_columns() -> dict[str, Callable[[Row], str]]:
+    return {
         "op": lambda row: row["op"],
         "format": lambda row: row["fmt"],
         "block": lambda row: row["block"],
@@ -126,20 +188,38 @@ def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
         "path": lambda row: row["path"],
         "config": lambda row: row["config_source"],
     }
-    if any(row["name"] for row in rows):
-        columns["from"] = lambda row: row["name"]
-    if "old_median_us" in rows[0]:
-        columns["old µs"] = lambda row: _number(row["old_median_us"], ".1f")
-        columns["new/old"] = lambda row: (
-            f"{row['median_us'] / row['old_median_us']:.3f}" if row["old_median_us"] else "–"
-        )
-    return columns
+
+
+def _product_columns() -> dict[str, Callable[[Row], str]]:
+    casts = _cast_columns()
+    shared = ("bytes", "bf16/", "FP8/", "R-MSE", "SQNR dB")
+    return {
+        "op": casts["op"],
+        "activations": _activations,
+        **{heading: casts[heading] for heading in ("format", "block", "rounding", "scale")},
+        "M x N x K": lambda row: _shape(row["shape"]),
+        "timed from": lambda row: row["timed_from"],
+        "µs": casts["µs"],
+        "p10–p90": casts["p10–p90"],
+        "TFLOP/s": lambda row: f"{row['tflops']:.3g}" if row["tflops"] < 100 else f"{row['tflops']:.0f}",
+        "of limit": casts["of limit"],
+        "vs bf16": lambda row: _number(row["vs_bf16"], ".2f"),
+        "vs FP8": lambda row: _number(row["vs_fp8"], ".2f"),
+        "vs dot_scaled": lambda row: _number(row["vs_dot_scaled"], ".2f"),
+        **{heading: casts[heading] for heading in shared},
+        "of bound": lambda row: f"{row['share_of_bound']:.2g}",
+        "path": casts["path"],
+        "config": casts["config"],
+    }
 
 
 def _tabulated(environment: Row, rows: Sequence[Row], style: str) -> str:
     columns = _columns(rows)
     cells = [[show(row) for show in columns.values()] for row in rows]
-    words = ("op", "format", "block", "rounding", "scale", "shape", "path", "config", "from")
+    words = (
+        "op", "activations", "format", "block", "rounding", "scale", "shape", "M x N x K", "timed from", "path",
+        "config", "from",
+    )  # fmt: skip
     align = ["left" if heading in words else "right" for heading in columns]
     table = tabulate(cells, list(columns), tablefmt=style, colalign=align, disable_numparse=True)
     commit = "" if environment["commit"] is None else f" ({environment['commit'][:10]})"
@@ -148,7 +228,9 @@ def _tabulated(environment: Row, rows: Sequence[Row], style: str) -> str:
         f"{environment['device']}, {rows[0]['dtype']}, mxkernels {environment['mxkernels']}{commit}, "
         f"torch {environment['torch']}, {triton}"
     )
-    return f"{heading}\n\n{table}\n"
+    # On the CPU the reference says nothing of speed.
+    verdicts = pays_from(rows) if _are_products(rows) and rows[0]["path"] != "reference" else []
+    return "\n\n".join([heading, table, *verdicts]) + "\n"
 
 
 def _csv(environment: Row, rows: Sequence[Row]) -> str:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from .folded import window
 from .formats import FORMATS, ElementFormat
 from .gpu import NONE, Capabilities
+from .ops.native_operand import ELEMENTS as BLOCK_SCALED_ELEMENTS
 
 Kind = Literal["native", "folded", "decoded", "unsupported"]
 
@@ -50,6 +52,18 @@ def _dequantize(element: ElementFormat, capabilities: Capabilities) -> Support:
     return Support("decoded", _ARITHMETIC)
 
 
+def _matmul(element: ElementFormat, capabilities: Capabilities) -> Support:
+    """Of two symmetric operands of this format, with blocks of 32 or more along the reduction."""
+    found = window(element)
+    if capabilities.block_scaled_mma and element.name in BLOCK_SCALED_ELEMENTS:
+        return Support("native", f"block-scaled MMA, {element.name}")
+    if capabilities.block_scaled_mma and found:
+        return Support("folded", f"block-scaled MMA, {found.carrier.name}")
+    if capabilities.fp8_mma and found:
+        return Support("folded", f"FP8 MMA, {found.carrier.name}")
+    return Support("decoded", "bf16 MMA" if capabilities.mma else _ARITHMETIC)
+
+
 def _not_yet(element: ElementFormat, capabilities: Capabilities) -> Support:
     return Support("unsupported", "not written yet")
 
@@ -61,7 +75,7 @@ OPS: dict[str, Callable[[ElementFormat, Capabilities], Support]] = {
     "quantize, rtne": _quantize_nearest,
     "quantize, stochastic": _quantize_stochastic,
     "dequantize": _dequantize,
-    "matmul": _not_yet,
+    "matmul": _matmul,
     "linear": _not_yet,
 }
 

@@ -24,8 +24,11 @@ from safetensors.torch import save_file
 import mxkernels as mx
 from mxkernels import cli, report, support
 from mxkernels.bench import Bench, Case, error
+from mxkernels.bench_products import ProductBench
 from mxkernels.formats import FORMATS
 from mxkernels.gpu import ARCHITECTURES, Capabilities
+from mxkernels.ops import paths
+from mxkernels.ops.operand import Operand
 from mxkernels.perf import SHAPES, time_host
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +43,7 @@ SCHEMA = {
 @pytest.fixture(autouse=True)
 def _short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "Bench", functools.partial(Bench, seconds=0.0))
+    monkeypatch.setattr(cli, "ProductBench", functools.partial(ProductBench, seconds=0.0))
 
 
 def invoke(*arguments: object) -> click.testing.Result:
@@ -303,14 +307,98 @@ def test_compare(tmp_path: Path) -> None:
     assert "another" in result.stderr
 
 
-def test_plot(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [["--shape", "8x64"], ["--op", "matmul", "--shape", "4x8x64"]])
+def test_plot(tmp_path: Path, arguments: list[str]) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra: pip install 'mxkernels[plot]'")
-    result = invoke("bench", "--device", "cpu", "--shape", "8x64", "--plot", tmp_path / "plot.svg")
+    result = invoke("bench", "--device", "cpu", *arguments, "--plot", tmp_path / "plot.svg")
     assert result.exit_code == 0, result.output
     drawn = (tmp_path / "plot.svg").read_text()
     assert drawn.startswith("<?xml")
     assert drawn.count("<path") > 10
     assert "e2m1" in result.stdout  # the table is printed all the same
+
+
+# --- products ----------------------------------------------------------------------------------------------
+
+
+def test_products() -> None:
+    rows = bench("--op", "matmul", "--shape", "4x8x64", "--fmt", "mxfp4,e4m3", "--block", "1x32")
+    assert [(row["fmt"], row["activations"].split()[0], row["timed_from"]) for row in rows] == [
+        *(("e2m1", "e2m1", start) for start in ("folded", "codes", "plain")),
+        *(("e4m3", "e4m3", start) for start in ("codes", "plain")),
+    ]
+    for row in rows:
+        assert (row["op"], row["shape"], row["path"], row["config_source"]) == (
+            "matmul", [4, 8, 64], "reference", "reference",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("activations", "expected"),
+    [
+        ("bfloat16", "bfloat16"),
+        ("float16", "float16"),
+        ("e4m3", "e4m3 4x4 rtne ceil symmetric"),
+        ("mxint8", "int8 4x4 rtne ceil symmetric"),
+    ],
+)
+def test_activations(activations: str, expected: str) -> None:
+    options = ["--block", "4x4", "--scale", "ceil", "--activations", activations]
+    rows = bench("--op", "matmul", "--shape", "4x8x64", *options)
+    assert {row["activations"] for row in rows} == {expected}
+    assert {(row["fmt"], row["block"], row["scale_rounding"]) for row in rows} == {("e2m1", "4x4", "ceil")}
+    assert [row["timed_from"] for row in rows] == (["codes"] if "float" in activations else ["codes", "plain"])
+
+
+def test_the_weights_of_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """N x K, met by several M; 256x256 where no shape is given."""
+    monkeypatch.setitem(SHAPES, "tiny", {"up": (8, 32)})
+    options = ["--device", "cpu", "--format", "json", "--op", "matmul", "--activations", "bfloat16"]
+    for shape, name, n, k in ((["--shape", "tiny"], "tiny up", 8, 32), ([], "", 256, 256)):
+        rows = json.loads(invoke("bench", *options, *shape).stdout)["rows"]
+        assert [(row["name"], row["shape"]) for row in rows] == [(name, [m, n, k]) for m in (16, 64)]
+
+
+def test_a_product_takes_no_input(tmp_path: Path) -> None:
+    numpy.save(tmp_path / "x.npy", numpy.ones((4, 4), dtype=numpy.float32))
+    assert "'--input'" in mistake("bench", "--op", "matmul", "--input", tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize(("form", "first"), [("table", "op"), ("markdown", "| op")])
+def test_tables_of_products(form: str, first: str) -> None:
+    """On the CPU, where times are the reference's, nothing is said of what pays."""
+    result = invoke("bench", "--device", "cpu", "--op", "matmul", "--shape", "4x8x64", "--format", form)
+    lines = result.stdout.splitlines()
+    assert lines[2].startswith(first)
+    for heading in (
+        "activations", "M x N x K", "timed from", "µs", "TFLOP/s", "of limit", "vs bf16", "vs FP8", "vs dot_scaled",
+        "bytes", "bf16/", "FP8/", "R-MSE", "SQNR dB", "of bound", "path", "config",
+    ):  # fmt: skip
+        assert heading in lines[2]
+    assert len(lines) == 7
+    assert "reference" in result.stderr
+
+
+def test_compare_products(tmp_path: Path) -> None:
+    rows = bench("--op", "matmul", "--shape", "4x8x64")
+    for number, row in enumerate(rows):
+        row["median_us"] = 100.0 + number
+    (tmp_path / "old.json").write_text(report.render("json", {}, rows))
+    new = bench("--op", "matmul", "--shape", "4x8x64", "--compare", tmp_path / "old.json")
+    assert [row["old_median_us"] for row in new] == [100.0, 101.0, 102.0]
+    other = bench("--op", "matmul", "--shape", "4x8x64", "--activations", "int4", "--compare", tmp_path / "old.json")
+    assert {row["old_median_us"] for row in other} == {None}
+
+
+@pytest.mark.gpu
+def test_products_on_a_gpu() -> None:
+    result = invoke("bench", "--op", "matmul", "--shape", "256x256x256", "--format", "json")
+    assert result.exit_code == 0, result.output
+    for row in json.loads(result.stdout)["rows"]:
+        assert row["path"] in ("native", "fp8", "wide")
+        assert row["dot_scaled_us"] > 0
+        assert 0 <= row["share_of_bound"] < 1
+    assert "pays" in invoke("bench", "--op", "matmul", "--shape", "256x256x256").stdout
 
 
 # --- real tensors ------------------------------------------------------------------------------------------
@@ -405,7 +493,11 @@ def test_mistakes_in_inputs(files: Path, name: str, says: str) -> None:
         (["--block", "4x4,256x1"], ["'--block'", "256x1"]),
         (["--rounding", "up"], ["'--rounding'", "'rtne'", "'stochastic'"]),
         (["--scale-rounding", "up"], ["'--scale-rounding'", "'even'"]),
-        (["--op", "matmul"], ["'--op'", "not there yet", "quantize, dequantize"]),
+        (["--op", "matmul,quantize"], ["'--op'", "matmul alone"]),
+        (["--op", "matmul", "--shape", "64"], ["'--shape'", "64", "MxNxK"]),
+        (["--op", "matmul", "--shape", "2x3x4x5"], ["'--shape'", "2x3x4x5", "MxNxK"]),
+        (["--op", "matmul", "--activations", "e9m9"], ["'--activations'", "'e9m9'", "e2m1", "bfloat16, float16"]),
+        (["--activations", "bfloat16"], ["'--activations'", "--op matmul"]),
         (["--op", "linear"], ["'--op'", "not there yet"]),
         (["--op", "cast"], ["'--op'", "is no op", "quantize, dequantize"]),
         (["--shape", "4096by4096"], ["'--shape'", "4096x4096", "llama3-8b"]),
@@ -512,7 +604,7 @@ def test_doctor() -> None:
     assert torch.__version__ in result.stdout
     for op in support.OPS:
         (line,) = (line for line in result.stdout.splitlines() if line.startswith(f"{op} "))
-        assert line.count("unsupported") == (0 if "quantize" in op else len(FORMATS))
+        assert line.count("unsupported") == (len(FORMATS) if op == "linear" else 0)
 
 
 @pytest.mark.parametrize("capabilities", [None, *set(ARCHITECTURES.values())])
@@ -524,6 +616,17 @@ def test_support_is_said_of_every_op_and_format(capabilities: Capabilities | Non
         assert all((found.kind != "unsupported") == exists for found in by_format.values()), op
     assert {"quantize", "dequantize"} <= {op.partition(",")[0] for op in matrix}
     assert capabilities is None or report.support_table(capabilities).count("decoded") >= len(FORMATS)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_support_of_products_is_the_path_that_is_chosen(architecture: str) -> None:
+    capabilities = ARCHITECTURES[architecture]
+    for element in FORMATS.values():
+        side = Operand([], 4096, mx.MXSpec(element))
+        path = paths.choose(side, side, capabilities)
+        folded = path == "fp8" or (path == "native" and all(paths.native_folds(side, side, capabilities)))
+        expected = "folded" if folded else {"native": "native", "wide": "decoded"}[path]
+        assert support.support("matmul", element, capabilities).kind == expected, element.name
 
 
 def test_the_instructions_said_are_those_compiled() -> None:

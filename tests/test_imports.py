@@ -20,10 +20,13 @@ ALLOWED: dict[str, set[str]] = {
     "gpu": set(),
     "spec": {"formats"},
     "tensor": {"formats", "spec"},
-    "reference": {"formats", "spec", "tensor"},
+    "swizzle": set(),
+    "prepared": {"spec", "tensor"},
+    "folded": {"formats", "spec", "tensor"},
+    "reference": {"formats", "spec", "tensor", "folded"},
     "files": {"formats", "spec", "tensor"},
     "ops.primitives": {"formats", "triton"},
-    "ops": {"formats", "spec", "tensor", "reference", "gpu", "tune", "ops", "triton"},
+    "ops": {"formats", "spec", "tensor", "folded", "prepared", "swizzle", "reference", "gpu", "tune", "ops", "triton"},
     "tune": {"formats", "spec", "gpu", "tune", "triton"},
 }
 

@@ -14,6 +14,7 @@ import pytest
 
 import mxkernels
 from mxkernels.cli import cli
+from mxkernels.folded import window
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -45,11 +46,12 @@ def commands(document: str) -> list[list[str]]:
 def test_python_runs_as_written(
     document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The one block of Python runs, and `print(q)  # …` prints what the comment says."""
+    """The blocks of Python run, one after the other, and `print(q)  # …` prints what the comment says."""
     monkeypatch.chdir(tmp_path)
-    (block,) = blocks(document, "python")
-    exec(compile(block, document, "exec"), {})
-    assert set(re.findall(r"^print\(q\)  # (.*)", block, re.MULTILINE)) <= set(capsys.readouterr().out.splitlines())
+    code = "".join(blocks(document, "python"))
+    assert code
+    exec(compile(code, document, "exec"), {})
+    assert set(re.findall(r"^print\(q\)  # (.*)", code, re.MULTILINE)) <= set(capsys.readouterr().out.splitlines())
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
@@ -103,6 +105,15 @@ def test_numerics_lists_the_formats_and_presets() -> None:
         assert re.search(rf"^\| `{name}` \| `{spec.element.name}` \| `{spec.scale_rounding}`", page, re.MULTILINE)
 
 
+def test_numerics_lists_the_windows_of_folding() -> None:
+    row = r"^\| `(\w+)` \| `(\w+)` \| −(\d+) … (\d+) \| (\d+) \|$"
+    found = re.findall(row, read("docs/numerics.md"), re.MULTILINE)
+    windows = {name: window(element) for name, element in mxkernels.FORMATS.items()}
+    assert {(name, carrier, -int(low), int(top), int(powers)) for name, carrier, low, top, powers in found} == {
+        (name, each.carrier.name, each.low, each.top, each.top - each.low + 1) for name, each in windows.items() if each
+    }
+
+
 def test_changelog_has_the_version() -> None:
     assert f"## [{mxkernels.__version__}]" in read("CHANGELOG.md")
 
@@ -129,10 +140,12 @@ def test_wheel(tmp_path: Path) -> None:
     assert "mxkernels = mxkernels.cli:main" in entry_points
 
 
-def test_the_results_in_the_readme_are_the_recorded_ones() -> None:
-    sys.path.insert(0, str(ROOT / "bench"))
+@pytest.mark.parametrize("name", ["CASTS", "PRODUCTS"])
+def test_the_results_in_the_readme_are_the_recorded_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     import table
 
-    recorded = json.loads(table.RECORDED.read_text("utf-8"))
-    assert table.START + table.table(recorded) + table.END in (ROOT / "README.md").read_text("utf-8")
-    assert recorded["environment"]["commit"]
+    shown = getattr(table, name)
+    assert shown.start + shown.text() + shown.end in read("README.md")
+    if shown.recorded.exists():
+        assert json.loads(shown.recorded.read_text("utf-8"))["environment"]["commit"]

@@ -6,16 +6,33 @@ travels as its text (`str(spec)`), since schemas know no dataclasses.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
 import torch
 
-from .. import reference
+from .. import gpu, reference
+from ..folded import FoldedTensor, folded_spec, window
+from ..prepared import PreparedTensor
 from ..spec import MXSpec
 from ..tensor import MXTensor, check_parts
+from . import products
+from .operand import (
+    OUT_DTYPES,
+    Operand,
+    as_matrix,
+    check_bias,
+    check_operands,
+    decoded,
+    launchable,
+    operand_a,
+    operand_b,
+    padded,
+)
+from .paths import PATHS, Explanation, choose, explanation, refusal, streams
 
-__all__ = ["dequantize", "quantize", "quantize_pair"]
+__all__ = ["dequantize", "explain", "fold", "matmul", "quantize", "quantize_pair"]
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -24,6 +41,11 @@ _library.define("quantize(Tensor x, str spec, Tensor? seed) -> Tensor[]")
 _library.define("quantize_pair(Tensor x, str spec, Tensor? seed) -> Tensor[]")
 _library.define(
     "dequantize(Tensor codes, Tensor scale, Tensor? offset, str spec, SymInt cols, ScalarType dtype) -> Tensor"
+)
+_library.define("fold(Tensor codes, Tensor scale, str kind, SymInt rows, SymInt k) -> Tensor[]")
+_library.define(
+    "matmul(Tensor[] a, str a_kind, SymInt[] a_rows, Tensor[] b, str b_kind, SymInt n, SymInt k, "
+    "Tensor? bias, ScalarType dtype, str path) -> Tensor"
 )
 
 
@@ -83,6 +105,109 @@ def dequantize(q: MXTensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor
     if not isinstance(q, MXTensor):
         raise TypeError(f"q is a {type(q).__name__}; allowed: MXTensor")
     return q.dequantize(dtype)
+
+
+def fold(q: MXTensor) -> FoldedTensor:
+    """Rewrite an MX operand so that FP8 tensor cores multiply it, without loss: for `matmul`, once for many.
+
+    Args:
+        q: a symmetric MXTensor of 4 or 6 bit elements, any block, in either orientation. It is folded along
+            its last dimension, which must be the product's reduction: `matmul(fold(a), fold(b.T).T)`.
+
+    Returns:
+        A FoldedTensor of q's shape on q's device: a byte an element.
+
+    Raises:
+        TypeError, ValueError: `q` is none of those.
+    """
+    if not isinstance(q, MXTensor):
+        raise TypeError(f"q is a {type(q).__name__}; allowed: MXTensor")
+    spec = folded_spec(q.spec)
+    if spec is None:
+        raise ValueError(f"q is {q.spec}; allowed: symmetric, with elements of 4 or 6 bits")
+    operand = operand_a(q)
+    op = _fold_cuda if _is_eager(q.codes) else torch.ops.mxkernels.fold.default
+    parts = op(operand.parts[0], operand.parts[1], operand.kind, operand.rows, q.shape[-1])
+    codes = parts[0].view(*q.shape[:-1], parts[0].shape[-1])[..., : q.shape[-1]]
+    return FoldedTensor(MXTensor.unchecked(codes, parts[1], None, spec, q.shape), parts[2], parts[3])
+
+
+def matmul(
+    a: torch.Tensor | MXTensor | FoldedTensor,
+    b: torch.Tensor | MXTensor | FoldedTensor | PreparedTensor,
+    *,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    path: str = "auto",
+) -> torch.Tensor:
+    """The matrix product `a @ b + bias` of what the operands decode to, accumulated in fp32, rounded once.
+
+    Args:
+        a: `[..., M, K]`; an MXTensor, a FoldedTensor, or a bfloat16 or float16 tensor. A vector is one row.
+        b: `[K, N]`; the same, or the `.T` of a PreparedTensor. For the products of training use `.T`, which
+            moves nothing: `matmul(x, w.T)`, `matmul(dy, w)`, `matmul(dy.T, x)`.
+        bias: `[N]`, bfloat16, float16 or float32.
+        out_dtype: bfloat16, float16 or float32.
+        path: "auto"; or "native", "fp8" or "wide" to insist on one (`explain` says which serves).
+
+    Returns:
+        `[..., M, N]` on the operands' device. The same bits for the same operands, every time.
+
+    Raises:
+        TypeError, ValueError: names the argument and what is allowed, or why the path cannot serve.
+
+    A block that holds NaN makes NaN every output that it enters. Error bound: `docs/numerics.md`.
+    """
+    *leading, n, k = check_operands(a, b)
+    check_bias(bias, n, a.device)
+    if out_dtype not in OUT_DTYPES:
+        raise TypeError(f"out_dtype is {out_dtype}; allowed: {', '.join(map(str, OUT_DTYPES))}")
+    left, right = _sides(a, b)
+    if path != "auto":
+        _insist(path, left, right, k, a.device)
+    eager = all(_is_eager(x) for x in (*left.parts, *right.parts))
+    op = _matmul_cuda if eager else torch.ops.mxkernels.matmul.default
+    return op(left.parts, left.kind, leading, right.parts, right.kind, n, k, bias, out_dtype, path)
+
+
+def explain(
+    a: torch.Tensor | MXTensor | FoldedTensor,
+    b: torch.Tensor | MXTensor | FoldedTensor | PreparedTensor,
+    *,
+    path: str = "auto",
+) -> Explanation:
+    """Which path, instruction and config `matmul(a, b)` takes, and why; `print` it.
+
+    It may wait for the device, to see whether folded operands' exponents fit. Arguments and errors are those
+    of `matmul`.
+    """
+    k = check_operands(a, b)[-1]
+    left, right = _sides(a, b)
+    if path != "auto":
+        _insist(path, left, right, k, a.device)
+    return explanation(left, right, k, a.device, path)
+
+
+def _sides(a: torch.Tensor | MXTensor | FoldedTensor, b: Any) -> tuple[Operand, Operand]:
+    """Both operands of a product. Weights that were prepared for few rows are restored for others."""
+    left = operand_a(a)
+    if isinstance(b, PreparedTensor) and not (a.device.type == "cuda" and b.transposed and streams(left)):
+        b = b.restore()
+    return left, operand_b(b)
+
+
+def _insist(path: str, a: Operand, b: Operand, k: int, device: torch.device) -> None:
+    """Raise ValueError where a path by name cannot serve. Looks at the data unless that would break a capture."""
+    if path not in PATHS:
+        raise ValueError(f"path is {path!r}; allowed: auto, {', '.join(PATHS)}")
+    if device.type == "cpu":
+        raise ValueError(f"path is {path!r}, but the CPU has none of them; allowed there: auto")
+    reason = refusal(path, a, b, gpu.device_capabilities(device))
+    if reason is None and path == "fp8" and not torch.compiler.is_compiling():
+        if not torch.cuda.is_current_stream_capturing():
+            reason = products.outside_window(a, b, k)
+    if reason is not None:
+        raise ValueError(f"path is {path!r}, which cannot serve: {reason}")
 
 
 def _check_input(x: torch.Tensor, spec: MXSpec) -> None:
@@ -235,9 +360,121 @@ def _dequantize_cuda(
     else:
         relaunch, [(shape, _)] = known
         out = torch.empty(shape, dtype=dtype, device=codes.device)
-        relaunch.run(*parts, out)
+        relaunch.run(*parts, out, None)
     return out
 
+
+def _fold_fake(codes: torch.Tensor, scale: torch.Tensor, kind: str, rows: int, k: int) -> list[torch.Tensor]:
+    operand = Operand.of_kind([codes, scale], kind, rows)
+    assert operand.spec is not None
+    spec = folded_spec(operand.spec.T if operand.turned else operand.spec)
+    assert spec is not None
+    blocks = spec.scale_shape(rows, k)
+    return [
+        codes.new_empty((rows, padded(k)), dtype=torch.uint8),
+        codes.new_empty(blocks, dtype=torch.uint8),
+        codes.new_empty(blocks[0], dtype=torch.uint8),
+        codes.new_empty(1, dtype=torch.int32),
+    ]
+
+
+def _fold_cpu(codes: torch.Tensor, scale: torch.Tensor, kind: str, rows: int, k: int) -> list[torch.Tensor]:
+    operand = Operand.of_kind([codes, scale], kind, rows)
+    assert operand.spec is not None
+    found = window(operand.spec.element)
+    assert found is not None
+    unpacked = reference.unpack(as_matrix(codes), operand.spec.element, rows if operand.turned else k)
+    spec = operand.spec
+    if operand.turned:
+        unpacked, scale, spec = unpacked.T, scale.T, spec.T
+    folded, *rest = reference.fold(unpacked, scale, spec, found)
+    return [torch.nn.functional.pad(folded, (0, padded(k) - k)), *(part.contiguous() for part in rest)]
+
+
+def _fold_cuda(codes: torch.Tensor, scale: torch.Tensor, kind: str, rows: int, k: int) -> list[torch.Tensor]:
+    def prepare() -> list[Any]:
+        return launchable([codes, scale], kind)
+
+    def run(plan: products.Plan, inputs: list[Any]) -> None:
+        products.plan_fold(plan, Operand.of_kind(inputs, kind, rows), k)
+
+    folded, *rest = _planned(("fold", kind, rows, k), [codes, scale], prepare, run)
+    return [folded.view(torch.uint8), *rest[:3]]
+
+
+def _matmul_fake(
+    a: Sequence[torch.Tensor], a_kind: str, a_rows: list[int], b: Sequence[torch.Tensor], b_kind: str, n: int, k: int,
+    bias: torch.Tensor | None, dtype: torch.dtype, path: str,
+) -> torch.Tensor:  # fmt: skip
+    return a[0].new_empty((*a_rows, n), dtype=dtype)
+
+
+def _matmul_cpu(
+    a: Sequence[torch.Tensor], a_kind: str, a_rows: list[int], b: Sequence[torch.Tensor], b_kind: str, n: int, k: int,
+    bias: torch.Tensor | None, dtype: torch.dtype, path: str,
+) -> torch.Tensor:  # fmt: skip
+    left = decoded(Operand.of_kind(a, a_kind, prod(a_rows)), k)
+    right = decoded(Operand.of_kind(b, b_kind, n), k)
+    return reference.matmul(left, right.T, bias, dtype).reshape(*a_rows, n)
+
+
+def _matmul_cuda(
+    a: Sequence[torch.Tensor], a_kind: str, a_rows: list[int], b: Sequence[torch.Tensor], b_kind: str, n: int, k: int,
+    bias: torch.Tensor | None, dtype: torch.dtype, path: str,
+) -> torch.Tensor:  # fmt: skip
+    m, device = prod(a_rows), a[0].device
+    if m == 0 or n == 0 or k == 0:
+        out = torch.zeros((*a_rows, n), dtype=dtype, device=device)
+        return out if bias is None else out + bias.to(dtype)
+
+    def sides(inputs: list[Any]) -> tuple[Operand, Operand]:
+        return Operand.of_kind(inputs[: len(a)], a_kind, m), Operand.of_kind(inputs[len(a) : -1], b_kind, n)
+
+    def prepare() -> list[Any]:
+        return [*launchable(a, a_kind), *launchable(b, b_kind), None if bias is None else bias.contiguous()]
+
+    if gpu.device_capabilities(device).block_scaled_mma and path in ("auto", "native"):
+        left, right = sides(prepare())
+        if path == "native" or choose(left, right, gpu.device_capabilities(device)) == "native":
+            return products.native_product(left, right, k, bias, dtype, device).view(*a_rows, n)
+
+    def run(plan: products.Plan, inputs: list[Any]) -> None:
+        left, right = sides(inputs)
+        chosen = choose(left, right, gpu.device_capabilities(device)) if path == "auto" else path
+        products.plan_product(plan, left, right, k, inputs[-1], dtype, chosen)
+
+    key = ("matmul", a_kind, b_kind, m, n, k, dtype, path)
+    out = _planned(key, [*a, *b, bias], prepare, run)[0]
+    return out if len(a_rows) == 1 else out.view(*a_rows, n)
+
+
+def _planned(
+    key: tuple[Any, ...],
+    given: list[Any],
+    prepare: Callable[[], list[Any]],
+    run: Callable[[products.Plan, list[Any]], None],
+) -> list[torch.Tensor]:
+    """What `run` makes of the tensors `given`, once `prepare` has made of them what kernels take, by launches that
+    are remembered."""
+    traits = tuple([x if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in given])
+    key = (*key, given[0].device, traits)
+    known = _plans.get(key)
+    if known is not None:
+        plan, in_place = known
+        return plan.replay(given if in_place else prepare())
+    inputs = prepare()
+    in_place = all(x is y or x.data_ptr() == y.data_ptr() for x, y in zip(given, inputs, strict=True))
+    inputs = [x if x is None else x.view(x.shape) for x in inputs]  # the same tensor twice is two buffers
+    plan = products.Plan(given[0].device, inputs)
+    run(plan, inputs)
+    if len(_plans) >= _MOST_RELAUNCHES:
+        _plans.clear()
+    _plans[key] = (plan, in_place)
+    return plan.finish()
+
+
+# Beside a plan, whether it takes its inputs as they are given.
+_plans: dict[tuple[Any, ...], tuple[products.Plan, bool]] = {}
 
 # What a kernel's compilation and arguments depend on, to the kernel ready to launch and what it writes.
 _relaunches: dict[tuple[Any, ...], tuple[Any, list[tuple[torch.Size, torch.dtype]]]] = {}
@@ -254,6 +491,8 @@ for _name, _fake, _cpu, _cuda in (
     ("quantize", _quantize_fake, _quantize_cpu, _quantize_cuda),
     ("quantize_pair", _quantize_pair_fake, _quantize_pair_cpu, _quantize_pair_cuda),
     ("dequantize", _dequantize_fake, _dequantize_cpu, _dequantize_cuda),
+    ("fold", _fold_fake, _fold_cpu, _fold_cuda),
+    ("matmul", _matmul_fake, _matmul_cpu, _matmul_cuda),
 ):
     _library.impl(_name, _cpu, "CPU")
     _library.impl(_name, _cuda, "CUDA")

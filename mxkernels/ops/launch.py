@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,46 @@ class Relaunch:
         else:
             with torch.cuda.device(self.device):
                 self.runner(*tensors, *self.scalars)
+
+
+class Recording:
+    """Launches as they were first run, to run again on other buffers that are like the first ones.
+
+    A launch's tensors must be buffers themselves, or descriptors of them, not views.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[Relaunch, list[Any]]] = []
+
+    def run(self, launch: Launch, device: torch.device, buffers: list[torch.Tensor | None]) -> None:
+        """Launch, and remember which of `buffers` went where."""
+        self._steps.append((launch.run(device), [_place(value, buffers) for value in launch.tensors.values()]))
+
+    def replay(self, buffers: list[torch.Tensor | None]) -> None:
+        for relaunch, places in self._steps:
+            relaunch.run(*(_at(place, buffers) for place in places))
+
+
+def _place(value: Any, buffers: list[torch.Tensor | None]) -> Any:
+    """Which buffer a launch's tensor is; of a descriptor, that of its base, and the descriptor."""
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        return next(index for index, buffer in enumerate(buffers) if buffer is value)
+    place = _place(value.base, buffers)
+    value.base = None  # or a recording would hold on to memory
+    return (place, value)
+
+
+def _at(place: Any, buffers: list[torch.Tensor | None]) -> Any:
+    if place is None:
+        return None
+    if isinstance(place, int):
+        return buffers[place]
+    index, descriptor = place
+    moved = copy(descriptor)
+    moved.base = buffers[index]
+    return moved
 
 
 @dataclass(frozen=True)

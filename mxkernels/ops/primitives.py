@@ -58,6 +58,19 @@ def stochastic_fp4_assembly(element, saturate):
     return "{ " + " ".join(lines) + " }"
 
 
+@triton.constexpr_function
+def fp8_table_assembly(element, carrier):
+    """PTX of `fp8_table`: fp32 $2 to the FP8 bytes of its products with the eight magnitudes, in $0 and $1."""
+    lines = [".reg .f32 v, w; .reg .b16 low, high;"]
+    for word in range(2):
+        for half, name in enumerate(("low", "high")):
+            first, second = element.magnitudes[4 * word + 2 * half : 4 * word + 2 * half + 2]
+            lines.append(f"mul.f32 v, $2, {float(first)}; mul.f32 w, $2, {float(second)};")
+            lines.append(f"cvt.rn.satfinite.{carrier.name}x2.f32 {name}, w, v;")
+        lines.append(f"mov.b32 ${word}, {{low, high}};")
+    return "{ " + " ".join(lines) + " }"
+
+
 # --- fp32 and its bits -------------------------------------------------------------------------------------
 
 
@@ -120,6 +133,13 @@ def from_fp32_pairs(x, is_nan, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def below_bf16(x):
+    """Not 0 where fp32 `x` is finite and has bits that bf16 lacks."""
+    bits = bits_of(x)
+    return tl.where((bits & MAGNITUDE) < INFINITY, bits & 0xFFFF, 0)
+
+
+@triton.jit
 def ceil_div(n, divisor: tl.constexpr):
     """n / divisor, rounded up, for n >= 1 up to its type's largest, to which nothing can be added."""
     return (n - 1) // divisor + 1
@@ -146,6 +166,15 @@ def spread(per_block, BLOCK: tl.constexpr):
     ACROSS: tl.constexpr = per_block.shape[1]
     spread = tl.broadcast_to(per_block[:, None, :, None], [DOWN, BLOCK.rows, ACROSS, BLOCK.cols])
     return tl.reshape(spread, [DOWN * BLOCK.rows, ACROSS * BLOCK.cols])
+
+
+@triton.jit
+def spread_fours(per_block, BLOCK: tl.constexpr):
+    """One value a block to one for each four elements of a row; blocks have four columns or more."""
+    DOWN: tl.constexpr = per_block.shape[0]
+    ACROSS: tl.constexpr = per_block.shape[1]
+    spread = tl.broadcast_to(per_block[:, None, :, None], [DOWN, BLOCK.rows, ACROSS, BLOCK.cols // 4])
+    return tl.reshape(spread, [DOWN * BLOCK.rows, ACROSS * BLOCK.cols // 4])
 
 
 @triton.jit
@@ -326,6 +355,34 @@ def fp8_words(v, MANTISSA_BITS: tl.constexpr):
         " mov.b32 $0, {low, high}; }",
         "=r,f,f,f,f", [v0, v1, v2, v3], tl.int32, is_pure=True, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def fp8_table(factor, ELEMENT: tl.constexpr, CARRIER: tl.constexpr):
+    """The FP8 codes of `factor` times each magnitude of a 4-bit float, in the bytes of two words."""
+    return tl.inline_asm_elementwise(
+        fp8_table_assembly(ELEMENT, CARRIER), "=&r,=&r,f", [factor], (tl.int32, tl.int32), is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def fp8_of_fp4(words, low, high, signs):
+    """Words of eight 4-bit floats to words `[R, 2 n]` of four FP8 codes: magnitudes by their place in a table of
+    two words, `low` and `high`, and the sign where `signs` allows it. Those three are `[R, 2 n]`, for four each."""
+    low0, low1 = split2(low)
+    high0, high1 = split2(high)
+    signs0, signs1 = split2(signs)
+    first, second = tl.inline_asm_elementwise(
+        "{ .reg .b32 place, sign, shifted;"
+        " and.b32 place, $2, 0x77777777; prmt.b32 $0, $3, $5, place;"
+        " shr.u32 place, place, 16; prmt.b32 $1, $4, $6, place;"
+        " shl.b32 shifted, $2, 4;"  # the signs of even codes to the tops of bytes, where the odd ones' are
+        " prmt.b32 sign, shifted, $2, 0x5140; lop3.b32 $0, $0, sign, $7, 0xf8;"  # a | (b & c)
+        " prmt.b32 sign, shifted, $2, 0x7362; lop3.b32 $1, $1, sign, $8, 0xf8; }",
+        "=&r,=&r,r,r,r,r,r,r,r", [words, low0, low1, high0, high1, signs0, signs1], (tl.int32, tl.int32),
+        is_pure=True, pack=1,
+    )  # fmt: skip
+    return join2(first, second)
 
 
 @triton.jit

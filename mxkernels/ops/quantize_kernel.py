@@ -25,6 +25,7 @@ from .primitives import (
     spread,
     to_fp32,
 )
+from .tiles import block_index, block_inside, store_words
 
 
 @triton.jit
@@ -117,22 +118,17 @@ def quantize_tile(
     BLOCK: tl.constexpr = SPEC.block
     TILE_ROWS: tl.constexpr = x.shape[0]
     TILE_COLS: tl.constexpr = x.shape[1]
-    BLOCKS_DOWN: tl.constexpr = TILE_ROWS // BLOCK.rows
-    BLOCKS_ACROSS: tl.constexpr = TILE_COLS // BLOCK.cols
-    BY_BLOCK: tl.constexpr = (BLOCKS_DOWN, BLOCK.rows, BLOCKS_ACROSS, BLOCK.cols)
+    BY_BLOCK: tl.constexpr = (TILE_ROWS // BLOCK.rows, BLOCK.rows, TILE_COLS // BLOCK.cols, BLOCK.cols)
     EXACT_BITS: tl.constexpr = (
         24 if x.dtype == tl.float32 or not SPEC.symmetric else (8 if x.dtype == tl.bfloat16 else 11)
     )
 
     # One scale (and offset) a block.
-    block_row = tile_row * BLOCKS_DOWN + tl.arange(0, BLOCKS_DOWN)[:, None]
-    block_col = tile_col * BLOCKS_ACROSS + tl.arange(0, BLOCKS_ACROSS)[None, :]
-    blocks_across = ceil_div(cols, BLOCK.cols)
-    block_index = block_row * blocks_across + block_col
+    block = block_index(tile_row, tile_col, cols, BLOCK, TILE_ROWS, TILE_COLS)
     if LAYOUT.whole:
-        block_inside = None
+        exists = None
     else:
-        block_inside = (block_row * BLOCK.rows < rows) & (block_col < blocks_across)
+        exists = block_inside(tile_row, tile_col, rows, cols, BLOCK, TILE_ROWS, TILE_COLS)
 
     x = tl.reshape(to_fp32(x), BY_BLOCK)
     if SPEC.symmetric:
@@ -148,7 +144,7 @@ def quantize_tile(
         least = -block_max(below, GPU)
         finite = (tl.abs(largest) < float("inf")) & (tl.abs(least) < float("inf"))
         offset = tl.where(finite, block_offset(largest, least), 0.0)
-        tl.store(offset_ptr + block_index, offset.to(tl.float16), mask=block_inside)
+        tl.store(offset_ptr + block, offset.to(tl.float16), mask=exists)
         x = x - offset[:, None, :, None]
         if not LAYOUT.whole:
             x = tl.where(inside, x, 0.0)
@@ -156,7 +152,7 @@ def quantize_tile(
         amax = bits_of(tl.maximum(tl.abs(largest - offset), tl.abs(least - offset)))
         amax = tl.where(finite, amax, INFINITY)
     scale = scale_byte(amax, SPEC)
-    tl.store(scale_ptr + block_index, scale.to(tl.uint8), mask=block_inside)
+    tl.store(scale_ptr + block, scale.to(tl.uint8), mask=exists)
 
     # One code an element.
     random = 0
@@ -171,32 +167,6 @@ def quantize_tile(
     words = encode_words(x, factor, keep, random, SPEC, EXACT_BITS, GPU)
     row_bytes = ceil_div(cols, ELEMENT.group) * ELEMENT.group_bytes
     store_words(words, codes_ptr, tile_row, tile_col, rows, row_bytes, TILE_COLS * ELEMENT.bits // 32, LAYOUT)
-
-
-@triton.jit
-def store_words(
-    words, ptr, tile_row, tile_col, rows, row_bytes, TILE_WORDS: tl.constexpr, LAYOUT: tl.constexpr
-):  # fmt: skip
-    """Store a tile of packed words, TILE_WORDS of each row, in a matrix of `rows` x `row_bytes` bytes: as words
-    where its rows are aligned to them, else byte by byte."""
-    row0 = tile_row * words.shape[0]
-    word0 = tile_col * TILE_WORDS
-    i = tl.arange(0, words.shape[0])[:, None]
-    j = tl.arange(0, words.shape[1])[None, :]
-    if LAYOUT.alignment >= 4:
-        row_words = tl.multiple_of(row_bytes // 4, LAYOUT.alignment // 4).to(tl.int64)
-        place = ptr.to(tl.pointer_type(tl.int32)) + row0 * row_words + word0 + (i * row_words + j)
-        if not LAYOUT.whole:
-            tl.store(place, words, mask=(i < rows - row0) & (j < tl.minimum(row_words - word0, TILE_WORDS)))
-        elif TILE_WORDS < words.shape[1]:
-            tl.store(place, words, mask=j < TILE_WORDS)
-        else:
-            tl.store(place, words)
-    else:
-        for byte in tl.static_range(4):
-            place = ptr + row0 * row_bytes + word0 * 4 + (i.to(tl.int64) * row_bytes + j * 4 + byte)
-            inside = (i < rows - row0) & (j < TILE_WORDS) & (j * 4 + byte < row_bytes - word0 * 4)
-            tl.store(place, (words >> (8 * byte)).to(tl.uint8), mask=inside)
 
 
 TENSORS = (

@@ -50,3 +50,7 @@ SHAPES: dict[str, dict[str, Shape]] = {
 
 # By device type: several times any L2 on a GPU; seconds through the reference on a CPU.
 DEFAULT_SHAPE: dict[str, Shape] = {"cuda": (16384, 16384), "cpu": (512, 512)}
+
+# For products: the rows of activations, from decoding to training, and the weights [out, in] that they meet.
+ROWS: dict[str, tuple[int, ...]] = {"cuda": (1, 16, 64, 256, 1024, 4096, 8192), "cpu": (16, 64)}
+DEFAULT_WEIGHT: dict[str, Shape] = {"cuda": (8192, 8192), "cpu": (256, 256)}

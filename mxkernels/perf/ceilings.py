@@ -1,4 +1,5 @@
-"""The ceiling of a kernel that memory limits: a copy that reads and writes as many bytes, measured beside it."""
+"""The ceilings of a kernel, measured beside it: for one that memory limits a copy that reads and writes as many
+bytes; for one that the tensor cores limit the rate of a large product."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ from functools import partial
 
 import torch
 
+from .peers import bf16_product, fp8_product
 from .timing import Timing, time_call
+
+_LARGE = {"cuda": 8192, "cpu": 256}  # the sides of a product that nothing but the multiplying limits
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Ceilings:
         self.device = device
         self.seconds = seconds
         self._measured: dict[tuple[int, int], Ceiling] = {}
+        self._rates: dict[str, float] = {}
 
     def copy(self, read_bytes: int, written_bytes: int) -> Ceiling:
         """The fastest copy kernel with this traffic (on the CPU torch's own copy, half of it read, half written)."""
@@ -55,6 +60,17 @@ class Ceilings:
             fastest = min(timings, key=lambda timing: timing.median_us)
             self._measured[key] = Ceiling("copy", read_bytes + written_bytes, fastest)
         return self._measured[key]
+
+    def product_tflops(self, kind: str) -> float:
+        """10^12 operations a second of a large square product by torch: `"bf16"`, or `"FP8"` where there is that."""
+        if kind not in self._rates:
+            side = _LARGE[self.device.type]
+            a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=self.device) for _ in range(2))
+            call = bf16_product(a, b.T) if kind == "bf16" else fp8_product(a, b.T)
+            if call is None:
+                raise ValueError(f"{self.device} has no {kind} products; allowed: bf16")
+            self._rates[kind] = 2 * side**3 / time_call(call, self.device, self.seconds).median_us / 1e6
+        return self._rates[kind]
 
 
 def _copies_cuda(read_bytes: int, written_bytes: int, device: torch.device) -> list[Callable[[], object]]:

@@ -14,13 +14,17 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-_POINTERS = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.uint8: "*u8",
-    torch.int64: "*i64",
+_NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
 }
 
 
@@ -72,26 +76,36 @@ class Compiled:
 def compile_launch(launch: Any, architecture: str) -> Compiled:
     """Compile an `ops.launch.Launch` as the JIT would on `architecture` (`"sm_90"`, `"gfx950"` …).
 
-    Its tensors may be on the meta device: only dtypes, strides and alignment matter.
+    Its tensors may be on the meta device, those of descriptors too: only dtypes, strides and alignment matter.
     """
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        known = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or known:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
         elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = _POINTERS[value.dtype]
+            signature[parameter.name] = f"*{_NAMES[value.dtype]}"
             if value.data_ptr() % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
+        elif hasattr(value, "block_shape"):
+            signature[parameter.name] = _descriptor_type(value)
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    source_type = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = source_type(launch.kernel, signature, constants, attributes)
     options = {**launch.options, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=target(architecture), options=options)
     return Compiled(architecture, compiled.asm, compiled.metadata.shared)
+
+
+def _descriptor_type(descriptor: Any) -> str:
+    """Triton's name for the type of a descriptor of its own, or of Gluon, which has a layout."""
+    layout = f",{descriptor.layout!r}" if hasattr(descriptor, "layout") else ""
+    return f"tensordesc<{_NAMES[descriptor.base.dtype]}{list(descriptor.block_shape)}{layout}>"
 
 
 def target(architecture: str) -> GPUTarget:

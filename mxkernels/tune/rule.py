@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..spec import MXSpec
 
+FEW_ROWS = 256  # of a product: too few for the tiles that large ones take
 _SMALLEST_SIDE = 16  # whole 32-bit words of packed codes, whole groups of random bits
 
 
@@ -39,10 +40,14 @@ def quantize_config(
     light = spec.symmetric and not spec.stochastic  # else what a thread holds besides elements leaves fewer registers
     if pair or not row_contiguous:
         config = CastConfig(64, 128 if light else 64, 4, square=True, wide=True)
+    elif min(block.rows, block.cols) >= 32:
+        config = CastConfig(32, 256, 2, wide=True)
     elif block.rows >= 16:
         config = CastConfig(32, 128 if light else 64, 1, square=True, wide=True)
     elif spec.element.bits == 6:
         config = CastConfig(8, 512, 2, wide=True)
+    elif spec.element.name == "int8" and bytes_per_element == 2:
+        config = CastConfig(2, 1024, 2, wide=True)
     elif spec.element.bits == 8 or bytes_per_element == 4:
         config = CastConfig(4, 1024, 4, wide=True)
     elif block.rows == 1 and block.cols >= 32:
@@ -70,6 +75,90 @@ def dequantize_config(spec: MXSpec, rows: int, cols: int) -> CastConfig:
     return _fit(config, spec.block.rows, spec.block.cols, rows, cols)
 
 
+def fold_config(spec: MXSpec, rows: int, cols: int, turned: bool) -> CastConfig:
+    """For a matrix of `rows` x `cols`, which is written transposed if `turned`."""
+    config = CastConfig(64, 128, 4, wide=True) if turned else CastConfig(4, 1024, 4, wide=True)
+    return _fit(config, spec.block.rows, spec.block.cols, rows, cols)
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """How a product is launched: a program works on `block_m` x `block_n` of the output, `block_k` of the
+    reduction at a time.
+
+    Attributes:
+        group_m: programs that follow each other work on so many rows of tiles before the next column, and so
+            share what the L2 cache holds.
+        promote: partial sums are added in fp32 every so many of the reduction, a multiple of `block_k`; 0:
+            they are fp32 as they come.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    promote: int = 0
+
+    def __str__(self) -> str:
+        promote = f", promoted to fp32 every {self.promote} of K" if self.promote else ""
+        tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return f"tiles {tile}, {self.num_warps} warps, {self.num_stages} stages{promote}"
+
+
+@dataclass(frozen=True)
+class SmallMatmulConfig:
+    """How a product of few rows is launched: a program works on `rows` of W (64 for each four warps, or a
+    multiple), `cols` columns at a time, and on one of `splits` parts of K."""
+
+    rows: int
+    cols: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+    def __str__(self) -> str:
+        tile = f"{self.rows}x{self.cols} of the weights"
+        return f"tiles {tile}, K in {self.splits} parts, {self.num_warps} warps, {self.num_stages} stages"
+
+
+def small_matmul_config(m: int, n: int, k: int) -> SmallMatmulConfig:
+    """For a product of m <= 64 rows with 4-bit weights: as many programs as a large GPU holds at a time."""
+    rows, cols = 128, 128
+    programs = 512 if m <= 16 else 256
+    splits = max(min(programs // ceil_div(n, rows), ceil_div(k, 4 * cols)), 1)
+    return SmallMatmulConfig(rows, cols, splits, num_warps=4, num_stages=3)
+
+
+def folded_matmul_config(m: int, n: int, k: int) -> MatmulConfig:
+    """For a product of FP8 operands, m x k and k x n: of few rows, tiles that occupy a large GPU at 8192 columns,
+    and a deep pipeline."""
+    if m <= 64:
+        return MatmulConfig(64, 64, 256, 4, 6, promote=512)
+    if m <= FEW_ROWS:
+        return MatmulConfig(128, 128, 128, 8, 6, promote=512)
+    return MatmulConfig(128, 128, 128, 8, 4, promote=512)
+
+
+def bf16_matmul_config(m: int, n: int, k: int) -> MatmulConfig:
+    """For a product of bf16 operands."""
+    if m <= 64:
+        return MatmulConfig(64, 64, 128, 4, 4)
+    if m <= 512:
+        return MatmulConfig(128, 128, 64, 4, 4)
+    return MatmulConfig(256, 128, 64, 8, 3)
+
+
+def wide_matmul_config(m: int, n: int, k: int, exact: bool) -> MatmulConfig:
+    """For a product that decodes its operands on the way to the tensor cores; `exact`: to the fp32 units."""
+    if exact:
+        return MatmulConfig(32, 64, 32, 4, 1)
+    if m <= 64:
+        return MatmulConfig(32, 128, 64, 4, 3)
+    return MatmulConfig(128, 128, 64, 8, 3)
+
+
 def _fit(config: CastConfig, least_rows: int, least_cols: int, rows: int, cols: int) -> CastConfig:
     """The config with tiles that whole blocks fill and the matrix does not fall far short of; as many elements
     a warp as before."""
@@ -78,6 +167,10 @@ def _fit(config: CastConfig, least_rows: int, least_cols: int, rows: int, cols: 
     tile_rows = max(min(config.tile_rows, _power_of_two_above(rows)), least_rows)
     num_warps = min(max(tile_rows * tile_cols // per_warp, 1), 8)
     return CastConfig(tile_rows, tile_cols, num_warps, config.square, config.wide)
+
+
+def ceil_div(n: int, divisor: int) -> int:
+    return (n + divisor - 1) // divisor
 
 
 def _power_of_two_above(n: int) -> int:

@@ -1,0 +1,35 @@
+"""What the recorded measurements share: a command that measures one group of cases and writes its rows."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from mxkernels import report
+from mxkernels.environment import device_name, environment
+
+
+def record(
+    description: str | None, groups: Iterable[str], measure: Callable[[str, torch.device], list[dict[str, Any]]]
+) -> None:
+    """Parse `GROUP --results DIR`, and write what `measure` makes of the group to DIR/<gpu>-<GROUP>.json."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("group", choices=groups)
+    parser.add_argument("--results", type=Path, required=True, metavar="DIR")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch sees no GPU, and these are a GPU's measurements")
+    device = torch.device("cuda", torch.cuda.current_device())
+    rows = measure(arguments.group, device)
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    name = device_name(device).lower().replace(" ", "-")
+    path = arguments.results / f"{name}-{arguments.group}.json"
+    path.write_text(report.render("json", environment(device), rows), encoding="utf-8")
+    print(f"wrote {path}")

@@ -1,0 +1,230 @@
+"""The 16-bit path: operands of any format, block and orientation, decoded on the way to the tensor cores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import gpu
+from ..spec import Block, MXSpec
+from ..tune import MatmulConfig
+from .launch import Launch, Layout
+from .matmul_kernel import grouped_tile, store_product
+from .primitives import NAN_BYTE, below_bf16, bits_of, ceil_div, decode_words, scale_value, spread, to_fp32, value_of
+from .tiles import load_words
+
+
+@dataclass(frozen=True)
+class OperandLayout:
+    """What a kernel knows of an operand `[rows, K]`.
+
+    Attributes:
+        spec: that of the matrix as stored; None for a plain one.
+        turned: what is stored is `[K, rows]`.
+        parts: how many bf16 numbers an element may take: 1; 2 for fp16; 3 for what has an offset.
+        bytes: what its packed rows' bytes and address share.
+    """
+
+    spec: MXSpec | None
+    turned: bool
+    parts: int
+    bytes: Layout
+
+
+@dataclass(frozen=True)
+class WideOperand:
+    """One side of a product: a plain matrix `[rows, K]` as `codes`, or a packed one with its `spec` and parts,
+    which is `[K, rows]` if `turned`."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    spec: MXSpec | None = None
+    turned: bool = False
+
+    def layout(self) -> OperandLayout:
+        if self.spec is None:
+            return OperandLayout(None, False, 2 if self.codes.dtype == torch.float16 else 1, Layout(1, False))
+        bits = self.codes.stride(0) | self.codes.data_ptr() | 4
+        return OperandLayout(self.spec, self.turned, 1 if self.spec.symmetric else 3, Layout(bits & -bits, False))
+
+
+@triton.jit
+def matmul_wide_kernel(
+    a_ptr, a_scale_ptr, a_offset_ptr, b_ptr, b_scale_ptr, b_offset_ptr,
+    bias_ptr, out_ptr, guard_ptr, second_guard_ptr, lost_ptr,
+    M, N, K, a_stride, a_step, b_stride, b_step,
+    A: tl.constexpr, B: tl.constexpr, EXACT: tl.constexpr, CONFIG: tl.constexpr, GPU: tl.constexpr,
+):  # fmt: skip
+    """`out[M, N] = A[M, K] B[N, K]^T`, a tile a program, of plain operands or packed ones (`OperandLayout`).
+
+    In bf16, or EXACT in fp32. An operand that fits bf16 except near fp32's smallest numbers sets `lost_ptr` to
+    1 if that was met. With guards, nothing is done unless one is not 0.
+    """
+    if guard_ptr is not None:
+        wanted = tl.load(guard_ptr)
+        if second_guard_ptr is not None:
+            wanted |= tl.load(second_guard_ptr)
+        if wanted == 0:
+            return
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_N: tl.constexpr = CONFIG.block_n
+    BLOCK_K: tl.constexpr = CONFIG.block_k
+    GROUP_M: tl.constexpr = CONFIG.group_m
+    A_PARTS: tl.constexpr = A.parts
+    B_PARTS: tl.constexpr = B.parts
+    tile_m, tile_n = grouped_tile(tl.program_id(0), ceil_div(M, BLOCK_M), ceil_div(N, BLOCK_N), GROUP_M)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    lost_a = tl.zeros([BLOCK_M, BLOCK_K], tl.int32)
+    lost_b = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
+    for step in range(ceil_div(K, BLOCK_K)):
+        a = operand_tile(
+            a_ptr, a_scale_ptr, a_offset_ptr, tile_m.to(tl.int64), tl.cast(step, tl.int64), M, K, a_stride, a_step,
+            A, BLOCK_M, BLOCK_K, GPU,
+        )  # fmt: skip
+        b = operand_tile(
+            b_ptr, b_scale_ptr, b_offset_ptr, tile_n.to(tl.int64), tl.cast(step, tl.int64), N, K, b_stride, b_step,
+            B, BLOCK_N, BLOCK_K, GPU,
+        )  # fmt: skip
+        if EXACT:
+            total = tl.dot(a, b.T, total, input_precision="ieee")
+        else:
+            total = dot_by_parts(a, b, total, A_PARTS, B_PARTS, GPU)
+            if lost_ptr is not None:
+                lost_a |= below_bf16(a)
+                lost_b |= below_bf16(b)
+    if lost_ptr is not None:
+        if tl.max(tl.max(lost_a, axis=1), axis=0) + tl.max(tl.max(lost_b, axis=1), axis=0) != 0:
+            tl.store(lost_ptr, 1)
+    store_product(total, tile_m, tile_n, bias_ptr, out_ptr, M, N, GPU)
+
+
+@triton.jit
+def operand_tile(
+    ptr, scale_ptr, offset_ptr, tile, tile_k, rows, K, stride, step,
+    OPERAND: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GPU: tl.constexpr,
+):  # fmt: skip
+    """Rows and columns of an operand, decoded to fp32 `[ROWS, COLS]`; zeros beyond K, anything beyond `rows`.
+
+    `stride` is from row to row, in elements of a plain operand, in bytes of a packed one; `step`, from one
+    element of a plain operand's row to the next.
+    """
+    SPEC: tl.constexpr = OPERAND.spec
+    LAYOUT: tl.constexpr = OPERAND.bytes
+    k = tile_k * COLS + tl.arange(0, COLS)[None, :]
+    if SPEC is None:
+        row = tile * ROWS + tl.arange(0, ROWS)[:, None]
+        return to_fp32(tl.load(ptr + row * stride + k * step, mask=(row < rows) & (k < K), other=0.0))
+    elif OPERAND.turned:
+        value = tl.trans(
+            decoded_tile(ptr, scale_ptr, offset_ptr, tile_k, tile, K, rows, stride, SPEC, COLS, ROWS, LAYOUT, GPU)
+        )
+        return tl.where(k < K, value, 0.0)
+    else:
+        value = decoded_tile(ptr, scale_ptr, offset_ptr, tile, tile_k, rows, K, stride, SPEC, ROWS, COLS, LAYOUT, GPU)
+        return tl.where(k < K, value, 0.0)
+
+
+@triton.constexpr_function
+def block_within(block, rows, cols):
+    """As much of a block as lies in a tile of `rows` x `cols`."""
+    return Block(min(block.rows, rows), min(block.cols, cols))
+
+
+@triton.jit
+def decoded_tile(
+    codes_ptr, scale_ptr, offset_ptr, tile_row, tile_col, rows, cols, row_bytes,
+    SPEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, LAYOUT: tl.constexpr, GPU: tl.constexpr,
+):  # fmt: skip
+    """A tile of a packed matrix, decoded to fp32; anything outside the matrix. A block may exceed the tile."""
+    ELEMENT: tl.constexpr = SPEC.element
+    BLOCK: tl.constexpr = SPEC.block
+    HERE: tl.constexpr = block_within(BLOCK, ROWS, COLS)
+    row = tile_row * ROWS + tl.arange(0, ROWS // HERE.rows)[:, None] * HERE.rows
+    col = tile_col * COLS + tl.arange(0, COLS // HERE.cols)[None, :] * HERE.cols
+    block = row // BLOCK.rows * ceil_div(cols, BLOCK.cols) + col // BLOCK.cols
+    exists = (row < rows) & (col < cols)
+    scale = tl.load(scale_ptr + block, mask=exists).to(tl.int32)
+    factor = tl.where(scale == NAN_BYTE, float("nan"), scale_value(scale))
+    words = load_words(codes_ptr, tile_row, tile_col, rows, row_bytes, ROWS, COLS, ELEMENT.bits, LAYOUT)
+    value = decode_words(words, ELEMENT, GPU) * spread(factor, HERE)
+    if offset_ptr is not None:
+        value += spread(tl.load(offset_ptr + block, mask=exists).to(tl.float32), HERE)
+    return value
+
+
+@triton.jit
+def dot_by_parts(a, b, total, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr, GPU: tl.constexpr):
+    """`total + a b^T`, each operand as the sum of bf16 numbers, the largest first."""
+    for i in tl.static_range(A_PARTS):
+        rest = b
+        a_part = bf16_part(a, A_PARTS - i)
+        for j in tl.static_range(B_PARTS):
+            b_part = bf16_part(rest, B_PARTS - j)
+            if GPU.mma:
+                total = tl.dot(a_part.to(tl.bfloat16), b_part.to(tl.bfloat16).T, total)
+            else:
+                total = tl.dot(a_part, b_part.T, total, input_precision="ieee")
+            rest -= b_part
+        a -= a_part
+    return total
+
+
+@triton.jit
+def bf16_part(x, LEFT: tl.constexpr):
+    """The leading 8 bits of fp32 `x`, as fp32, if more parts than one are LEFT; all of it if it fits."""
+    if LEFT > 1:
+        return value_of(bits_of(x) & -0x10000)
+    else:
+        return x
+
+
+def matmul_wide_launch(
+    operands: tuple[WideOperand, WideOperand],
+    k: int,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    guards: tuple[torch.Tensor | None, torch.Tensor | None],
+    lost: torch.Tensor | None,
+    exact: bool,
+    config: MatmulConfig,
+    capabilities: gpu.Capabilities | None = None,
+) -> Launch:
+    """The launch that writes `out` `[M, N]` from two operands `[M, K]` and `[N, K]`."""
+    a, b = operands
+    m, n = out.shape
+    return Launch(
+        matmul_wide_kernel,
+        triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),
+        {
+            "a_ptr": a.codes,
+            "a_scale_ptr": a.scale,
+            "a_offset_ptr": a.offset,
+            "b_ptr": b.codes,
+            "b_scale_ptr": b.scale,
+            "b_offset_ptr": b.offset,
+            "bias_ptr": bias,
+            "out_ptr": out,
+            "guard_ptr": guards[0],
+            "second_guard_ptr": guards[1],
+            "lost_ptr": lost,
+        },
+        {
+            "M": m,
+            "N": n,
+            "K": k,
+            "a_stride": a.codes.stride(0),
+            "a_step": a.codes.stride(1),
+            "b_stride": b.codes.stride(0),
+            "b_step": b.codes.stride(1),
+            "A": a.layout(),
+            "B": b.layout(),
+            "EXACT": exact,
+            "CONFIG": config,
+            "GPU": capabilities or gpu.device_capabilities(out.device),
+        },
+        {"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )

@@ -1,0 +1,256 @@
+"""The launches of matrix products, path by path."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import gpu
+from ..folded import folded_spec, window
+from ..tune import MatmulConfig, small_matmul_config, wide_matmul_config
+from .native_operand import native_operand
+from .operand import Operand, carrier_dtype, padded
+from .paths import carrier_config, decodes_apart, native_folds, streams_weights
+
+if TYPE_CHECKING:
+    from .launch import Launch
+    from .matmul_wide_kernel import WideOperand
+
+
+class Plan:
+    """The launches of one product, on buffers: the operands' parts, the bias, the output and what lies between.
+
+    The first run records them; `replay` runs them on other operands of the same shapes and layouts.
+    """
+
+    def __init__(self, device: torch.device, inputs: list[torch.Tensor | None]) -> None:
+        from .launch import Recording
+
+        self.device = device
+        self._recording = Recording()
+        self._buffers = list(inputs)
+        self._made: list[tuple[tuple[int, ...], torch.dtype, bool]] = []
+
+    def buffer(self, *shape: int, dtype: torch.dtype, zero: bool = False) -> torch.Tensor:
+        """Device memory of its own: zeros, or anything."""
+        self._made.append((shape, dtype, zero))
+        made = self._make(shape, dtype, zero)
+        self._buffers.append(made)
+        return made
+
+    def launch(self, launch: Launch) -> None:
+        self._recording.run(launch, self.device, self._buffers)
+
+    def finish(self) -> list[torch.Tensor]:
+        """The buffers that were made; the plan keeps none."""
+        made = self._buffers[len(self._buffers) - len(self._made) :]
+        self._buffers = []
+        return made  # type: ignore[return-value]
+
+    def replay(self, inputs: list[torch.Tensor | None]) -> list[torch.Tensor]:
+        """The same from other inputs."""
+        made = [self._make(*each) for each in self._made]
+        self._recording.replay([*inputs, *made])
+        return made
+
+    def _make(self, shape: tuple[int, ...], dtype: torch.dtype, zero: bool) -> torch.Tensor:
+        return (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=self.device)
+
+
+def plan_product(
+    plan: Plan, a: Operand, b: Operand, k: int, bias: torch.Tensor | None, dtype: torch.dtype, path: str
+) -> None:
+    """Run a product, recording it. `path` is one that does not refuse the operands."""
+    out = plan.buffer(a.rows, b.rows, dtype=dtype)
+    if path == "fp8":
+        _plan_fp8(plan, a, b, k, bias, out)
+    else:
+        _plan_wide(plan, a, b, k, bias, out)
+
+
+def _plan_fp8(plan: Plan, a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    flag = None if a.folded and b.folded else plan.buffer(1, dtype=torch.int32, zero=True)
+    folded = [operand if operand.folded else plan_fold(plan, operand, k, flag) for operand in (a, b)]
+    a_reference, b_reference = (operand.parts[2] for operand in folded)
+    a_codes, b_codes = (operand.parts[0] for operand in folded)
+    a_rows, b_rows = (operand.spec.block.rows for operand in folded if operand.spec)
+    references = (a_reference, b_reference)
+    plan.launch(carrier_launch(a_codes, b_codes, k, references, (a_rows, b_rows), bias, out))
+    guards = {id(operand.parts[3]): operand.parts[3] for operand in folded}
+    _plan_decoding(plan, folded[0], folded[1], k, bias, out, guards=list(guards.values()))
+
+
+def carrier_launch(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    k: int,
+    references: tuple[torch.Tensor, torch.Tensor] | None,
+    rows_per_reference: tuple[int, int],
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    turned: tuple[bool, bool] = (False, False),
+) -> Launch:
+    """The launch of the kernel for carriers that suits the GPU: see `matmul_kernel`."""
+    from .matmul_kernel import matmul_launch
+
+    m, n = out.shape
+    config = carrier_config(m, n, k, a.dtype, out.dtype, out.device, any(turned))
+    if isinstance(config, MatmulConfig):
+        return matmul_launch(a, b, k, references, rows_per_reference, bias, out, config, turned)
+    from .matmul_hopper_kernel import hopper_matmul_launch
+
+    return hopper_matmul_launch(a, b, k, references, rows_per_reference, bias, out, config)
+
+
+def plan_fold(plan: Plan, operand: Operand, k: int, outside: torch.Tensor | None = None) -> Operand:
+    """Fold a packed operand: E5M2 or E4M3 codes, `[rows, k]` and more, in rows of whole 16 bytes."""
+    from .fold_kernel import fold_launch, reference_launch, reference_spans
+
+    spec = operand.spec
+    assert spec is not None
+    found, after = window(spec.element), folded_spec(spec.T if operand.turned else spec)
+    assert found is not None
+    assert after is not None
+    blocks = after.scale_shape(operand.rows, k)
+    codes = plan.buffer(operand.rows, padded(k), dtype=carrier_dtype(after))
+    scale = plan.buffer(*blocks, dtype=torch.uint8)
+    reference_bytes = plan.buffer(blocks[0], dtype=torch.uint8)
+    if outside is None:
+        outside = plan.buffer(1, dtype=torch.int32, zero=True)
+    stored_cols = operand.rows if operand.turned else k
+    scales = operand.parts[1]
+    if operand.turned:  # its lines run down the columns, too few of them to occupy a GPU
+        spans = reference_spans(scales.shape[0])
+        spanned = plan.buffer(spans, blocks[0], dtype=torch.uint8)
+        plan.launch(reference_launch(scales, spanned, 0, True, spans))
+        scales = spanned
+    plan.launch(reference_launch(scales, reference_bytes, found.top, operand.turned))
+    plan.launch(
+        fold_launch(
+            operand.parts[0], operand.parts[1], stored_cols, spec, operand.turned, found,
+            reference_bytes, codes, scale, outside,
+        )
+    )  # fmt: skip
+    return Operand([codes, scale, reference_bytes, outside], operand.rows, after, folded=True)
+
+
+def _plan_wide(plan: Plan, a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Few rows of activations: decode the weights in registers. Else decode each side to bf16 once, where it
+    lies as the tensor cores' loads need it, or else as it is needed."""
+    if streams_weights(a, b):
+        _plan_streaming(plan, a, b, k, bias, out)
+        return
+    if not all(decodes_apart(side, k) for side in (a, b)):
+        _plan_decoding(plan, a, b, k, bias, out)
+        return
+    fits_bf16 = a.fits_bf16 and b.fits_bf16
+    lost = None if fits_bf16 else plan.buffer(1, dtype=torch.int32, zero=True)
+    carriers = [plan_bf16(plan, side, k, lost) for side in (a, b)]
+    plan.launch(carrier_launch(carriers[0], carriers[1], k, None, (1, 1), bias, out, (a.turned, b.turned)))
+    if lost is not None:
+        _plan_decoding(plan, a, b, k, bias, out, guards=[lost], exact=True)
+
+
+def _plan_streaming(plan: Plan, a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    from .matmul_small_kernel import matmul_small_launches
+
+    assert b.spec is not None
+    config = small_matmul_config(a.rows, b.rows, k)
+    partial = plan.buffer(config.splits, a.rows, b.rows, dtype=torch.float32)
+    for launch in matmul_small_launches(
+        a.parts[0], b.parts[0], b.parts[1], b.spec, bias, partial, out, config, added=b.added
+    ):
+        plan.launch(launch)
+
+
+def plan_bf16(plan: Plan, operand: Operand, k: int, lost: torch.Tensor | None) -> torch.Tensor:
+    """A side decoded to bf16, `[rows, k]` or, if turned, `[k, rows]`."""
+    from .dequantize_kernel import dequantize_launch
+
+    if operand.spec is None:
+        return operand.parts[0]
+    shape = (k, operand.rows) if operand.turned else (operand.rows, k)
+    out = plan.buffer(*shape, dtype=torch.bfloat16)
+    lost = None if operand.fits_bf16 else lost
+    plan.launch(dequantize_launch(operand.parts[0], operand.parts[1], None, operand.spec, out, lost=lost))
+    return out
+
+
+def _plan_decoding(
+    plan: Plan, a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor,
+    guards: list[torch.Tensor] | None = None, exact: bool = False,
+) -> None:  # fmt: skip
+    """The kernel that takes operands of any kind; in bf16 and, if that lost bits, in fp32; or `exact` at once."""
+    from .matmul_wide_kernel import matmul_wide_launch
+
+    sides = (_wide_operand(a), _wide_operand(b))
+    first, second = [*(guards or []), None, None][:2]
+    config = wide_matmul_config(a.rows, b.rows, k, exact)
+    lost = None if exact or (a.fits_bf16 and b.fits_bf16) else plan.buffer(1, dtype=torch.int32, zero=True)
+    plan.launch(matmul_wide_launch(sides, k, bias, out, (first, second), lost, exact, config))
+    if lost is not None:
+        _plan_decoding(plan, a, b, k, bias, out, guards=[lost], exact=True)
+
+
+def _wide_operand(operand: Operand) -> WideOperand:
+    from .matmul_wide_kernel import WideOperand
+
+    if operand.spec is None:
+        return WideOperand(operand.parts[0])
+    offset = None if operand.spec.symmetric else operand.parts[2]
+    return WideOperand(operand.parts[0], operand.parts[1], offset, operand.spec, operand.turned)
+
+
+# --- the native path ---------------------------------------------------------------------------------------
+
+
+def native_product(
+    a: Operand, b: Operand, k: int, bias: torch.Tensor | None, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Run a product on block-scaled tensor cores; and again by decoding, where folding could not serve."""
+    from .matmul_native_kernel import matmul_native_launch
+    from .matmul_wide_kernel import matmul_wide_launch
+
+    capabilities = gpu.device_capabilities(device)
+    out = torch.empty((a.rows, b.rows), dtype=dtype, device=device)
+    sides, operands = [], []
+    for operand, fold in zip((a, b), native_folds(a, b, capabilities), strict=True):
+        if fold:
+            operand = _fold_now(operand, k)
+        elif operand.turned:
+            codes, scale = (part.T.contiguous() for part in operand.parts)
+            operand = Operand([codes, scale], operand.rows, operand.spec and operand.spec.T)
+        assert operand.spec is not None
+        codes = operand.parts[0].view(torch.uint8)
+        if operand.folded:
+            codes = codes[:, :k]
+        reference_bytes = operand.parts[2] if operand.folded else None
+        sides.append(native_operand(codes, operand.parts[1], operand.spec, k, capabilities.ptx, reference_bytes))
+        operands.append(operand)
+    matmul_native_launch(sides[0], sides[1], bias, None, out).run(device)
+    guards = [operand.parts[3] for operand in operands if operand.folded]
+    if guards:
+        first, second = [*guards, None][:2]
+        wide = (_wide_operand(operands[0]), _wide_operand(operands[1]))
+        config = wide_matmul_config(a.rows, b.rows, k, exact=False)
+        matmul_wide_launch(wide, k, bias, out, (first, second), None, False, config).run(device)
+    return out
+
+
+def _fold_now(operand: Operand, k: int) -> Operand:
+    """Fold a packed operand by the op."""
+    parts = torch.ops.mxkernels.fold(*operand.parts, operand.kind, operand.rows, k)
+    spec = operand.spec
+    assert spec is not None
+    after = folded_spec(spec.T if operand.turned else spec)
+    assert after is not None
+    return Operand([parts[0].view(carrier_dtype(after)), *parts[1:]], operand.rows, after, folded=True)
+
+
+def outside_window(a: Operand, b: Operand, k: int) -> str | None:
+    """Why operands' exponents do not fit FP8, from looking at them."""
+    for name, operand in (("a", a), ("b", b)):
+        if int((operand if operand.folded else _fold_now(operand, k)).parts[3]):
+            return f"some row of {name} has exponents too far apart for FP8"
+    return None

@@ -1,0 +1,82 @@
+"""Matrix products for the tests: operands of all kinds, the kernels run by path, and the contract's bounds."""
+
+from __future__ import annotations
+
+import torch
+
+import mxkernels as mx
+from mxkernels.ops import products
+from mxkernels.ops.operand import Operand, launchable, operand_a
+from mxkernels.spec import MXSpec
+
+FP32 = torch.float32
+
+
+def operand(rows: int, k: int, kind: str, seed: int = 0, spread: int = 2) -> torch.Tensor | mx.MXTensor:
+    """A matrix `[rows, k]`: "bfloat16", "float16", or quantised to "e2m1 4x4 rtne even symmetric" …, stored
+    turned if that ends in " T". Rows of 32 differ by powers of two up to 2**`spread` either way."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, k, generator=generator)
+    x *= (
+        2.0
+        ** torch.randint(-spread, spread + 1, (rows, (k + 31) // 32), generator=generator).repeat_interleave(32, 1)[
+            :, :k
+        ]
+    )
+    if kind in ("bfloat16", "float16"):
+        return x.to(getattr(torch, kind))
+    if kind.endswith(" T"):
+        return mx.quantize(x.T.contiguous(), MXSpec.parse(kind[:-2]).T, None if "rtne" in kind else 1).T
+    return mx.quantize(x, MXSpec.parse(kind), None if "rtne" in kind else 1)
+
+
+def decoded(x: torch.Tensor | mx.MXTensor | mx.FoldedTensor) -> torch.Tensor:
+    """The operand in float64."""
+    return (x if isinstance(x, torch.Tensor) else x.dequantize(FP32)).double()
+
+
+def magnitude(x: torch.Tensor | mx.MXTensor | mx.FoldedTensor) -> torch.Tensor:
+    """|a| of the contract's bound: for an asymmetric operand, |S q| + |O|."""
+    if not isinstance(x, mx.MXTensor) or x.spec.symmetric:
+        return decoded(x).abs()
+    stored = x.T if x.transposed else x
+    plain = MXSpec(stored.spec.element, stored.spec.block)
+    elements = mx.MXTensor(stored.codes, stored.scale, None, plain, stored.shape).dequantize(FP32).double().abs()
+    r, c = stored.spec.block.rows, stored.spec.block.cols
+    offset = stored.offset.double().abs().repeat_interleave(r, 0)[: stored.shape[0]]
+    total = elements + offset.repeat_interleave(c, 1)[:, : stored.shape[1]]
+    return total.T if x.transposed else total
+
+
+def bound(a, b, path: str, group: int = 512) -> torch.Tensor:
+    """The contract's largest error, for a `[M, K]` and b `[N, K]`."""
+    k = a.shape[-1]
+    factor = 33 * group / 32 * 2.0**-13 if path == "fp8" else k * 2.0**-24
+    return factor * (magnitude(a) @ magnitude(b).T) + k * 2.0**-149
+
+
+def run(
+    a: torch.Tensor | mx.MXTensor | mx.FoldedTensor,
+    b: torch.Tensor | mx.MXTensor | mx.FoldedTensor,
+    path: str,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype = FP32,
+) -> torch.Tensor:
+    """a `[M, K]` times b `[N, K]` transposed, by a path's kernels, on the device of the operands."""
+    sides = [operand_a(x) for x in (a, b)]
+    parts = [launchable(side.parts, side.kind) for side in sides]
+    left, right = (Operand.of_kind(p, side.kind, side.rows) for p, side in zip(parts, sides, strict=True))
+    plan = products.Plan(a.device, [*left.parts, *right.parts, bias])
+    products.plan_product(plan, left, right, a.shape[-1], bias, dtype, path)
+    return plan.finish()[0]
+
+
+def check(a, b, path: str, **options: object) -> None:
+    """The product is within the contract's bound, and NaN where it has to be."""
+    out = run(a, b, path, **options).double()
+    expected = decoded(a) @ decoded(b).T
+    assert torch.equal(out.isnan(), expected.isnan())
+    error = (out - expected).abs()
+    limit = bound(a, b, path)
+    finite = expected.isfinite() & limit.isfinite()
+    assert (error <= limit)[finite].all(), f"error is {(error / limit)[finite].max():.3g} of the bound"

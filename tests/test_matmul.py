@@ -1,0 +1,155 @@
+"""Matrix products in Triton's interpreter, within the contract's bounds; folding, equal to the reference."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+pytest.importorskip("triton", reason="kernels need Triton")
+
+import torch
+from operands import check, decoded, operand, run
+
+import mxkernels as mx
+from mxkernels.folded import window
+from mxkernels.formats import FORMATS
+from mxkernels.ops import products
+from mxkernels.ops.operand import Operand, launchable, operand_a
+from mxkernels.spec import MXSpec
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered"),
+]
+
+FOLDABLE = ("e2m1", "e3m0", "int4", "e2m3", "e3m2")
+BLOCKS = ("1x32", "32x1", "4x4", "1x16", "16x16")
+
+
+def kernel_fold(q: mx.MXTensor) -> mx.FoldedTensor:
+    whole = operand_a(q)
+    part = Operand.of_kind(launchable(whole.parts, whole.kind), whole.kind, whole.rows)
+    plan = products.Plan(q.device, part.parts)
+    products.plan_fold(plan, part, q.shape[-1])
+    codes, scale, reference, outside, *_ = plan.finish()
+    values = mx.MXTensor(codes.view(torch.uint8)[:, : q.shape[-1]], scale, None, mx.fold(q).values.spec, q.shape)
+    return mx.FoldedTensor(values, reference, outside)
+
+
+def assert_same_fold(q: mx.MXTensor) -> None:
+    found, expected = kernel_fold(q), mx.fold(q)
+    assert torch.equal(found.values.codes, expected.values.codes)
+    assert torch.equal(found.values.scale, expected.values.scale)
+    assert torch.equal(found.reference, expected.reference)
+    assert torch.equal(found.outside, expected.outside)
+    same = found.dequantize(torch.float32), q.dequantize(torch.float32)
+    assert torch.equal(*(x.contiguous().view(torch.int32) for x in same))
+
+
+@pytest.mark.parametrize("turned", ["", " T"])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("element", FOLDABLE)
+def test_fold_equals_the_reference(element: str, block: str, turned: str) -> None:
+    assert_same_fold(operand(37, 70, f"{element} {block} rtne even symmetric{turned}"))
+
+
+@pytest.mark.parametrize("element", FOLDABLE)
+def test_fold_at_the_edges_of_the_window(element: str) -> None:
+    """One row whose exponents just fit, one that exceeds them by one, one with zeros and one with NaN far away."""
+    found = window(FORMATS[element])
+    q = operand(4, 128, f"{element} 1x32 rtne even symmetric", spread=0)
+    width = found.top - found.low
+    for row, bytes_ in enumerate(((200, 200 - width), (200, 199 - width), (254, 0), (0, 255))):
+        q.scale[row, 0], q.scale[row, 1:] = bytes_
+        alone = mx.MXTensor(q.codes[row : row + 1], q.scale[row : row + 1], None, q.spec, (1, 128))
+        if row == 2:
+            alone.codes[:, 16 * FORMATS[element].bits // 4 :] = 0
+        assert_same_fold(alone)
+        assert bool(mx.fold(alone).outside) == (row == 1)
+
+
+def test_windows_are_those_of_the_facts() -> None:
+    widths = {name: window(row) and window(row).top - window(row).low + 1 for name, row in FORMATS.items()}
+    assert widths == {
+        "e2m1": 29, "e3m0": 26, "int4": 29, "e2m3": 12, "e3m2": 24, "e4m3": None, "e5m2": None, "int8": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (64, 48, 96), (70, 130, 200), (1, 1, 1), (33, 17, 1030)], ids=str)
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("e2m1 1x32 rtne even symmetric", "e2m1 4x4 rtne even symmetric T"),
+        ("e2m3 1x16 rtne even symmetric", "e3m2 32x1 stochastic even symmetric"),
+    ],
+    ids=" x ".join,
+)
+def test_fp8_path(shape: tuple[int, int, int], kinds: tuple[str, str]) -> None:
+    m, n, k = shape
+    check(operand(m, k, kinds[0]), operand(n, k, kinds[1], 1), "fp8")
+
+
+@pytest.mark.parametrize("pair", tuple(itertools.product(FOLDABLE, FOLDABLE)), ids=" x ".join)
+def test_fp8_path_of_every_pair(pair: tuple[str, str]) -> None:
+    a, b = (operand(40, 96, f"{name} 1x32 rtne ceil symmetric", seed) for seed, name in enumerate(pair))
+    check(a, b, "fp8")
+
+
+WIDE = (
+    "bfloat16", "float16",
+    "e2m1 1x32 rtne even symmetric", "e3m0 4x4 rtne ceil symmetric", "int4 32x1 rtne ceil asymmetric T",
+    "e2m3 1x16 stochastic even symmetric", "e3m2 128x128 rtne even symmetric", "e4m3 1x32 rtne rceil asymmetric",
+    "e5m2 1x128 rtne rceil symmetric", "int8 4x4 rtne floor symmetric T",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_wide_path(kind: str) -> None:
+    other = operand(50, 130, "e2m1 1x32 rtne even symmetric", 1)
+    check(operand(20, 130, kind), other, "wide")
+    check(other, operand(20, 130, kind), "wide")
+
+
+def test_wide_path_of_two_asymmetric() -> None:
+    a, b = (operand(20, 70, "int4 1x32 rtne ceil asymmetric", seed) for seed in range(2))
+    check(a, b, "wide")
+
+
+@pytest.mark.parametrize("element", FORMATS)
+@pytest.mark.parametrize("byte", [0, 1, 2, 3, 9, 10, 250])
+def test_wide_path_near_the_ends_of_the_scale(element: str, byte: int) -> None:
+    """What bf16 cannot hold is redone in fp32; the other operand brings the product back among normal numbers."""
+    a, b = (operand(16, 64, f"{element} 1x32 rtne rceil symmetric", seed, spread=0) for seed in range(2))
+    a.scale.fill_(byte)
+    b.scale.fill_(max(247 - byte, 0))
+    check(a, b, "wide")
+
+
+@pytest.mark.parametrize("path", ["fp8", "wide"])
+def test_a_nan_block_makes_nan_what_it_enters(path: str) -> None:
+    a, b = (operand(40, 96, "e2m1 4x4 rtne even symmetric", seed) for seed in range(2))
+    a.scale[2, 3] = 255
+    b.scale[9, 23] = 255
+    check(a, b, path)
+
+
+def test_exponents_beyond_the_window_take_the_wide_path() -> None:
+    a, b = (operand(40, 96, "e2m1 1x32 rtne even symmetric", seed) for seed in range(2))
+    a.scale[3, 1] = 240
+    a.scale[3, 2] = 4
+    b.scale[:] = b.scale - 100
+    assert bool(mx.fold(a).outside)
+    expected = run(a, b, "wide")
+    assert torch.equal(run(a, b, "fp8"), expected)
+    assert torch.equal(run(kernel_fold(a), kernel_fold(b), "fp8"), expected)
+
+
+@pytest.mark.parametrize("path", ["fp8", "wide"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_bias_and_output_dtypes(path: str, dtype: torch.dtype) -> None:
+    """Integers are exact, and so is their sum with a bias."""
+    a, b = (mx.quantize(torch.randint(-3, 4, (24, 64)).float(), MXSpec("int4", scale_rounding="floor")) for _ in "ab")
+    bias = torch.randint(-8, 9, (24,)).to(torch.bfloat16)
+    expected = (decoded(a) @ decoded(b).T + bias.double()).to(dtype)
+    assert torch.equal(run(a, b, path, bias, dtype), expected)
