@@ -188,7 +188,14 @@ class ProductBench:
 
         plain, codes = (x, w.T), quantised()
         if case.timed_from == "plain":
-            return _Work(plain, codes, codes, lambda: matmul(*quantised(), path=case.path))
+            if explain(*codes, path=case.path).path != "fp8":
+                return _Work(plain, codes, codes, lambda: matmul(*quantised(), path=case.path))
+
+            def folded() -> tuple[Operand, Operand]:
+                a = _from_plain(x, case.a, case.a_turned, seeds[0])
+                return a, _from_plain(w, case.b, case.b_turned, seeds[1]).T
+
+            return _Work(plain, codes, codes, lambda: matmul(*folded(), path=case.path))
         operands: tuple[Operand, Weights] = codes
         if case.timed_from == "folded":
             operands = (_folded(codes[0]), _folded(codes[1].T).T)
@@ -239,6 +246,13 @@ def _quantised(x: torch.Tensor, source: Source, turned: bool, seed: torch.Tensor
     if turned and source == source.T:
         return quantize(x.T, source, random).T
     return quantize(x, source, random)
+
+
+def _from_plain(x: torch.Tensor, source: Source, turned: bool, seed: torch.Tensor) -> Operand:
+    """The operand `[rows, K]` for the FP8 path: folded as it is quantised, unless its copy serves other products."""
+    if isinstance(source, torch.dtype) or (turned and source == source.T):
+        return _quantised(x, source, turned, seed)
+    return fold(x, source, seed if source.stochastic else None)
 
 
 def _folded(operand: Codes) -> FoldedTensor:

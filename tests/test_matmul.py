@@ -12,7 +12,7 @@ import torch
 from operands import check, decoded, operand, run
 
 import mxkernels as mx
-from mxkernels.folded import window
+from mxkernels.folded import folded_spec, window
 from mxkernels.formats import FORMATS
 from mxkernels.ops import products
 from mxkernels.ops.operand import Operand, launchable, operand_a
@@ -52,6 +52,31 @@ def assert_same_fold(q: mx.MXTensor) -> None:
 @pytest.mark.parametrize("element", FOLDABLE)
 def test_fold_equals_the_reference(element: str, block: str, turned: str) -> None:
     assert_same_fold(operand(37, 70, f"{element} {block} rtne even symmetric{turned}"))
+
+
+def kernel_quantize_fold(x: torch.Tensor, spec: MXSpec, seed: torch.Tensor | None) -> mx.FoldedTensor:
+    plan = products.Plan(x.device, [x, seed])
+    products.plan_quantize_fold(plan, x, spec, seed)
+    codes, scale, reference, outside, *_ = plan.finish()
+    values = mx.MXTensor(codes.view(torch.uint8)[:, : x.shape[1]], scale, None, folded_spec(spec), x.shape)
+    return mx.FoldedTensor(values, reference, outside)
+
+
+@pytest.mark.parametrize("rounding", ["rtne", "stochastic"])
+@pytest.mark.parametrize("block", ["1x32", "4x4"])
+@pytest.mark.parametrize("element", ["e2m1", "int4", "e2m3"])
+def test_quantising_and_folding_from_one_read(element: str, block: str, rounding: str) -> None:
+    """Whole rows in a tile, rows too long for one, and columns: the bytes of quantising, then folding."""
+    spec = MXSpec(element, block, rounding, "even")
+    seed = torch.tensor([7]) if spec.stochastic else None
+    x = torch.randn(10, 200) * 2.0 ** torch.randint(-12, 13, (10, 200))
+    x[3, 5], x[5], x[7, 60:70] = torch.nan, 0.0, 1e-30
+    for plain in (x.to(torch.bfloat16), x[:, :30].T):
+        found, expected = kernel_quantize_fold(plain, spec, seed), mx.fold(mx.quantize(plain, spec, seed))
+        assert torch.equal(found.values.codes, expected.values.codes)
+        assert torch.equal(found.values.scale, expected.values.scale)
+        assert torch.equal(found.reference, expected.reference)
+        assert torch.equal(found.outside, expected.outside)
 
 
 @pytest.mark.parametrize("element", FOLDABLE)

@@ -45,6 +45,14 @@ def test_folded_and_prepared_weights_decode_to_the_same_product() -> None:
     assert torch.equal(mx.matmul(folded, mx.fold(W).T), mx.matmul(mx.quantize(X, mx.mxfp4), W.T))
 
 
+def test_folding_a_plain_tensor_quantises_it_first() -> None:
+    spec = mx.MXSpec("e2m3", rounding="stochastic")
+    found, expected = mx.fold(X, spec, seed=5), mx.fold(mx.quantize(X, spec, seed=5))
+    assert found.shape == X.shape
+    assert torch.equal(found.values.codes, expected.values.codes)
+    assert torch.equal(found.reference, expected.reference)
+
+
 def test_square_blocks_serve_the_three_products() -> None:
     spec = mx.MXSpec("e2m1", "4x4")
     x, w, dy = (mx.quantize(torch.randn(*shape), spec) for shape in ((32, 64), (48, 64), (32, 48)))
@@ -80,8 +88,11 @@ def test_empty_products() -> None:
         (lambda: mx.matmul(X, W.T, path="fp8"), ValueError, "the CPU has none of them"),
         (lambda: mx.matmul(mx.fold(W).T, W), ValueError, "folded along its rows"),
         (lambda: mx.matmul(X, mx.fold(W.T)), ValueError, r"fold\(b.T\).T"),
-        (lambda: mx.fold(X), TypeError, "q is a Tensor; allowed: MXTensor"),
-        (lambda: mx.fold(mx.quantize(X, mx.mxint8)), ValueError, "elements of 4 or 6 bits"),
+        (lambda: mx.fold(X), TypeError, "spec is None; allowed with a plain tensor: MXSpec"),
+        (lambda: mx.fold([1], mx.mxfp4), TypeError, "x is a list"),
+        (lambda: mx.fold(W, mx.mxfp4), ValueError, "x is an MXTensor; allowed with one: neither"),
+        (lambda: mx.fold(mx.quantize(X, mx.mxint8)), ValueError, "x is int8.*elements of 4 or 6 bits"),
+        (lambda: mx.fold(X, mx.mxfp8_e4m3), ValueError, "spec is e4m3.*elements of 4 or 6 bits"),
         (lambda: mx.prepare(W.T), ValueError, "not a transpose"),
         (lambda: mx.prepare(mx.quantize(X[0], mx.mxfp8_e4m3)), ValueError, "symmetric 4-bit elements"),
         (lambda: torch.relu(mx.fold(W)), TypeError, "relu does not take a FoldedTensor"),
@@ -102,6 +113,7 @@ def test_opcheck() -> None:
         torch.ops.mxkernels.matmul.default,
         ([X], "plain", shape, [W.codes, W.scale], f"packed straight {W.spec}", 48, 64, bias, torch.bfloat16, "auto"),
     )
+    torch.library.opcheck(torch.ops.mxkernels.quantize_fold.default, (X, str(W.spec), None))
     torch.library.opcheck(torch.ops.mxkernels.fold.default, (W.codes, W.scale, f"packed straight {W.spec}", 48, 64))
     torch.library.opcheck(torch.ops.mxkernels.fold.default, (W.codes, W.scale, f"packed turned {W.spec}", 64, 48))
 
@@ -110,7 +122,7 @@ def test_compiles_into_one_graph() -> None:
     def layer(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         w = mx.MXTensor(codes, scale, None, mx.mxfp4, (48, 64))
         q = mx.quantize(x, mx.mxfp4)
-        return mx.matmul(q, w.T) + mx.matmul(mx.fold(q), mx.fold(w).T)
+        return mx.matmul(q, w.T) + mx.matmul(mx.fold(q), mx.fold(w).T) + mx.matmul(mx.fold(x, mx.mxfp4), w.T)
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for rows in (10, 14, 3):

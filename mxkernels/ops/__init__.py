@@ -42,6 +42,7 @@ _library.define("quantize_pair(Tensor x, str spec, Tensor? seed) -> Tensor[]")
 _library.define(
     "dequantize(Tensor codes, Tensor scale, Tensor? offset, str spec, SymInt cols, ScalarType dtype) -> Tensor"
 )
+_library.define("quantize_fold(Tensor x, str spec, Tensor? seed) -> Tensor[]")
 _library.define("fold(Tensor codes, Tensor scale, str kind, SymInt rows, SymInt k) -> Tensor[]")
 _library.define(
     "matmul(Tensor[] a, str a_kind, SymInt[] a_rows, Tensor[] b, str b_kind, SymInt n, SymInt k, "
@@ -107,29 +108,50 @@ def dequantize(q: MXTensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor
     return q.dequantize(dtype)
 
 
-def fold(q: MXTensor) -> FoldedTensor:
+def fold(
+    x: MXTensor | torch.Tensor, spec: MXSpec | None = None, seed: int | torch.Tensor | None = None
+) -> FoldedTensor:
     """Rewrite an MX operand so that FP8 tensor cores multiply it, without loss: for `matmul`, once for many.
 
     Args:
-        q: a symmetric MXTensor of 4 or 6 bit elements, any block, in either orientation. It is folded along
-            its last dimension, which must be the product's reduction: `matmul(fold(a), fold(b.T).T)`.
+        x: a symmetric MXTensor of 4 or 6 bit elements, any block, in either orientation. It is folded along
+            its last dimension, which must be the product's reduction: `matmul(fold(a), fold(b.T).T)`. Or a
+            plain tensor, which `quantize` would take: it is quantised first, from the same read where its
+            rows are contiguous and not too long.
+        spec: what a plain tensor is quantised to.
+        seed: as `quantize` takes it.
 
     Returns:
-        A FoldedTensor of q's shape on q's device: a byte an element.
+        A FoldedTensor of x's shape on x's device, a byte an element: `fold(quantize(x, spec, seed))`.
 
     Raises:
-        TypeError, ValueError: `q` is none of those.
+        TypeError, ValueError: names the argument and what is allowed.
     """
-    if not isinstance(q, MXTensor):
-        raise TypeError(f"q is a {type(q).__name__}; allowed: MXTensor")
-    spec = folded_spec(q.spec)
-    if spec is None:
-        raise ValueError(f"q is {q.spec}; allowed: symmetric, with elements of 4 or 6 bits")
-    operand = operand_a(q)
-    op = _fold_cuda if _is_eager(q.codes) else torch.ops.mxkernels.fold.default
-    parts = op(operand.parts[0], operand.parts[1], operand.kind, operand.rows, q.shape[-1])
-    codes = parts[0].view(*q.shape[:-1], parts[0].shape[-1])[..., : q.shape[-1]]
-    return FoldedTensor(MXTensor.unchecked(codes, parts[1], None, spec, q.shape), parts[2], parts[3])
+    if isinstance(x, MXTensor):
+        if spec is not None or seed is not None:
+            raise ValueError("spec or seed is given, but x is an MXTensor; allowed with one: neither")
+        after = _folded(x.spec, "x")
+        operand = operand_a(x)
+        fold_codes = _fold_cuda if _is_eager(x.codes) else torch.ops.mxkernels.fold.default
+        parts = fold_codes(operand.parts[0], operand.parts[1], operand.kind, operand.rows, x.shape[-1])
+    else:
+        if spec is None and isinstance(x, torch.Tensor):
+            raise TypeError("spec is None; allowed with a plain tensor: MXSpec, such as mxkernels.mxfp4")
+        _check_input(x, spec)
+        assert spec is not None
+        after = _folded(spec, "spec")
+        _check_matrix(x)
+        fold_plain = _quantize_fold_cuda if _is_eager(x) else torch.ops.mxkernels.quantize_fold.default
+        parts = fold_plain(_plain(x), str(spec), _seed_tensor(seed, spec, x.device))
+    codes = parts[0].view(*x.shape[:-1], parts[0].shape[-1])[..., : x.shape[-1]]
+    return FoldedTensor(MXTensor.unchecked(codes, parts[1], None, after, x.shape), parts[2], parts[3])
+
+
+def _folded(spec: MXSpec, name: str) -> MXSpec:
+    after = folded_spec(spec)
+    if after is None:
+        raise ValueError(f"{name} is {spec}; allowed: symmetric, with elements of 4 or 6 bits")
+    return after
 
 
 def matmul(
@@ -367,15 +389,44 @@ def _dequantize_cuda(
 def _fold_fake(codes: torch.Tensor, scale: torch.Tensor, kind: str, rows: int, k: int) -> list[torch.Tensor]:
     operand = Operand.of_kind([codes, scale], kind, rows)
     assert operand.spec is not None
-    spec = folded_spec(operand.spec.T if operand.turned else operand.spec)
-    assert spec is not None
+    return _empty_folded(codes, operand.spec.T if operand.turned else operand.spec, rows, k)
+
+
+def _empty_folded(like: torch.Tensor, spec: MXSpec, rows: int, k: int) -> list[torch.Tensor]:
     blocks = spec.scale_shape(rows, k)
     return [
-        codes.new_empty((rows, padded(k)), dtype=torch.uint8),
-        codes.new_empty(blocks, dtype=torch.uint8),
-        codes.new_empty(blocks[0], dtype=torch.uint8),
-        codes.new_empty(1, dtype=torch.int32),
+        like.new_empty((rows, padded(k)), dtype=torch.uint8),
+        like.new_empty(blocks, dtype=torch.uint8),
+        like.new_empty(blocks[0], dtype=torch.uint8),
+        like.new_empty(1, dtype=torch.int32),
     ]
+
+
+def _quantize_fold_fake(x: torch.Tensor, text: str, seed: torch.Tensor | None) -> list[torch.Tensor]:
+    _check_matrix(x)
+    rows, cols = _matrix_shape(x.shape)
+    return _empty_folded(x, MXSpec.parse(text), rows, cols)
+
+
+def _quantize_fold_cpu(x: torch.Tensor, text: str, seed: torch.Tensor | None) -> list[torch.Tensor]:
+    rows, cols = _matrix_shape(x.shape)
+    codes, scale = _quantize_cpu(x.reshape(rows, cols), text, seed)
+    return _fold_cpu(codes, scale, "packed straight " + text, rows, cols)
+
+
+def _quantize_fold_cuda(x: torch.Tensor, text: str, seed: torch.Tensor | None) -> list[torch.Tensor]:
+    spec = MXSpec.parse(text)
+    if x.numel() == 0:
+        return [part.zero_() for part in _quantize_fold_fake(x, text, seed)]
+
+    def prepare() -> list[Any]:
+        return [as_matrix(x), seed]
+
+    def run(plan: products.Plan, inputs: list[Any]) -> None:
+        products.plan_quantize_fold(plan, inputs[0], spec, inputs[1])
+
+    folded, *rest = _planned(("quantize_fold", text), [x, seed], prepare, run)
+    return [folded.view(torch.uint8), *rest[:3]]
 
 
 def _fold_cpu(codes: torch.Tensor, scale: torch.Tensor, kind: str, rows: int, k: int) -> list[torch.Tensor]:
@@ -491,6 +542,7 @@ for _name, _fake, _cpu, _cuda in (
     ("quantize", _quantize_fake, _quantize_cpu, _quantize_cuda),
     ("quantize_pair", _quantize_pair_fake, _quantize_pair_cpu, _quantize_pair_cuda),
     ("dequantize", _dequantize_fake, _dequantize_cpu, _dequantize_cuda),
+    ("quantize_fold", _quantize_fold_fake, _quantize_fold_cpu, _quantize_fold_cuda),
     ("fold", _fold_fake, _fold_cpu, _fold_cuda),
     ("matmul", _matmul_fake, _matmul_cpu, _matmul_cuda),
 ):

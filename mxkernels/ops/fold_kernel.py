@@ -13,6 +13,8 @@ from ..tune import CastConfig, fold_config
 from .launch import Launch, Layout
 from .primitives import (
     NAN_BYTE,
+    bits_of,
+    block_max,
     bytes_of_words,
     ceil_div,
     decode_words,
@@ -20,11 +22,15 @@ from .primitives import (
     fp8_of_fp4,
     fp8_table,
     fp8_words,
+    random_words,
+    scale_byte,
     scale_value,
     spread,
     spread_fours,
+    to_fp32,
     words_of_bytes,
 )
+from .quantize_kernel import load_columns
 from .tiles import block_index, block_inside, load_words, store_words
 
 NAN_CODE = tl.constexpr(0x7F)  # of both FP8 formats; what the hardware gives for NaN
@@ -62,7 +68,6 @@ def fold_kernel(
     of what comes out, WINDOW says how ELEMENT fits in it."""
     folded_ptr = folded_ptr.to(tl.pointer_type(tl.uint8))
     BLOCK: tl.constexpr = FOLDED.block
-    CARRIER: tl.constexpr = FOLDED.element
     TILE_ROWS: tl.constexpr = CONFIG.tile_rows
     TILE_COLS: tl.constexpr = CONFIG.tile_cols
     tiles_across = ceil_div(cols, TILE_COLS)
@@ -86,24 +91,41 @@ def fold_kernel(
     else:
         reference = tl.load(reference_ptr + block_row, mask=block_row < blocks_down).to(tl.int32)
         folded_block = block
-    is_nan = scale == NAN_BYTE
-    fits = is_nan | (scale - reference >= WINDOW.low)
-    # one that does not fit gets the scale that it would have on its own
-    byte = tl.where(fits, reference, tl.maximum(scale - WINDOW.top, 0))
-    exponent = tl.where(is_nan, 0, scale - byte)
-    byte = tl.where(is_nan, NAN_BYTE, byte)
-    tl.store(folded_scale_ptr + folded_block, byte.to(tl.uint8), mask=exists)
-
     words = load_words(codes_ptr, tile_row, tile_col, rows, row_bytes, TILE_ROWS, TILE_COLS, ELEMENT.bits, LAYOUT)
     i = tl.arange(0, TILE_ROWS)[:, None]
     j = tl.arange(0, TILE_COLS)[None, :]
     inside = (i < rows - tile_row * TILE_ROWS) & (j < cols - tile_col * TILE_COLS)
+    folded, byte = folded_words(words, scale, reference, inside, outside_ptr, ELEMENT, WINDOW, FOLDED, GPU)
+    tl.store(folded_scale_ptr + folded_block, byte.to(tl.uint8), mask=exists)
+    if TURNED:
+        turned = tl.trans(bytes_of_words(folded).to(tl.uint8))
+        i = tile_col * TILE_COLS + tl.arange(0, TILE_COLS)[:, None]
+        j = tile_row * TILE_ROWS + tl.arange(0, TILE_ROWS)[None, :]
+        tl.store(folded_ptr + i * folded_stride + j, turned, mask=tl.trans(inside))
+    else:
+        store_words(folded, folded_ptr, tile_row, tile_col, rows, folded_stride, TILE_COLS // 4, LAYOUT)
+
+
+@triton.jit
+def folded_words(
+    words, scale, reference, inside, outside_ptr,
+    ELEMENT: tl.constexpr, WINDOW: tl.constexpr, FOLDED: tl.constexpr, GPU: tl.constexpr,
+):  # fmt: skip
+    """A tile of packed words and the scales of its blocks as words of FP8 codes and scales; sets `outside_ptr` to 1
+    if elements of it are `inside` the matrix, but not within reach of the reference."""
+    BLOCK: tl.constexpr = FOLDED.block
+    CARRIER: tl.constexpr = FOLDED.element
+    is_nan = scale == NAN_BYTE
+    fits = is_nan | (scale - reference >= WINDOW.low)
+    # one that does not fit gets the scale that it would have on its own
+    byte = tl.where(fits, reference, tl.maximum(scale - WINDOW.top, 0))
+    factor = scale_value(tl.where(is_nan, 0, scale - byte) + 127)
+    byte = tl.where(is_nan, NAN_BYTE, byte)
     if tl.min(tl.min(fits.to(tl.int32), axis=1), axis=0) == 0:
         # blocks of zeros have the least scale, but fit anywhere
         misfit = (decode_words(words, ELEMENT, GPU) != 0) & (spread(fits.to(tl.int32), BLOCK) == 0)
         if tl.max(tl.max((inside & misfit).to(tl.int32), axis=1), axis=0) != 0:
             tl.store(outside_ptr, 1)
-    factor = scale_value(exponent + 127)
     if GPU.cvt_fp8:
         factor = tl.where(is_nan, float("nan"), factor)
         if ELEMENT.bits == 4 and not ELEMENT.twos_complement and BLOCK.cols >= 4:
@@ -118,13 +140,51 @@ def fold_kernel(
         value = decode_words(words, ELEMENT, GPU)
         folded = encode_words(value, spread(factor, BLOCK), kept, 0, FOLDED, 8, GPU)
         folded |= words_of_bytes(tl.where(kept, 0, NAN_CODE))
-    if TURNED:
-        turned = tl.trans(bytes_of_words(folded).to(tl.uint8))
-        i = tile_col * TILE_COLS + tl.arange(0, TILE_COLS)[:, None]
-        j = tile_row * TILE_ROWS + tl.arange(0, TILE_ROWS)[None, :]
-        tl.store(folded_ptr + i * folded_stride + j, turned, mask=tl.trans(inside))
-    else:
-        store_words(folded, folded_ptr, tile_row, tile_col, rows, folded_stride, TILE_COLS // 4, LAYOUT)
+    return folded, byte
+
+
+@triton.jit
+def quantize_fold_kernel(
+    x_ptr, seed_ptr, folded_ptr, folded_scale_ptr, reference_ptr, outside_ptr,
+    rows, cols, row_stride, col_stride, folded_stride,
+    SPEC: tl.constexpr, WINDOW: tl.constexpr, FOLDED: tl.constexpr,
+    CONFIG: tl.constexpr, LAYOUT: tl.constexpr, GPU: tl.constexpr,
+):  # fmt: skip
+    """Quantise a matrix to symmetric SPEC and fold that, from one read: a program has whole rows in its tile, and
+    so knows their largest scales before it writes."""
+    folded_ptr = folded_ptr.to(tl.pointer_type(tl.uint8))
+    ELEMENT: tl.constexpr = SPEC.element
+    BLOCK: tl.constexpr = SPEC.block
+    ROWS: tl.constexpr = CONFIG.tile_rows
+    COLS: tl.constexpr = CONFIG.tile_cols
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    EXACT_BITS: tl.constexpr = 24 if DTYPE == tl.float32 else (8 if DTYPE == tl.bfloat16 else 11)
+    tile_row = tl.program_id(0).to(tl.int64)
+    first = tile_row * ROWS
+    x = load_columns(x_ptr + first * row_stride, rows - first, cols, row_stride, col_stride, ROWS, COLS, 0, 1, LAYOUT)
+    x = to_fp32(x)
+    by_block = tl.reshape(tl.abs(x), [ROWS // BLOCK.rows, BLOCK.rows, COLS // BLOCK.cols, BLOCK.cols])
+    scale = scale_byte(bits_of(block_max(by_block, GPU)), SPEC)
+    factor = spread(scale_value(254 - scale), BLOCK)
+    keep = spread(scale != NAN_BYTE, BLOCK)
+    random = 0
+    if SPEC.stochastic:
+        row = first + tl.arange(0, ROWS)[:, None]
+        group = tl.arange(0, COLS // 8)[None, :].to(tl.int64)
+        random = random_words(tl.load(seed_ptr), row, group, ceil_div(cols, 8))
+    words = encode_words(x, factor, keep, random, SPEC, EXACT_BITS, GPU)
+
+    block = block_index(tile_row, 0, cols, BLOCK, ROWS, COLS)
+    exists = block_inside(tile_row, 0, rows, cols, BLOCK, ROWS, COLS)
+    scale = tl.where(exists, scale, NAN_BYTE)  # which takes no part in what follows
+    largest = tl.max(tl.where(scale == NAN_BYTE, 0, scale), axis=1, keep_dims=True)
+    reference = tl.maximum(largest - WINDOW.top, 0)
+    block_row = tile_row * (ROWS // BLOCK.rows) + tl.arange(0, ROWS // BLOCK.rows)[:, None]
+    tl.store(reference_ptr + block_row, reference.to(tl.uint8), mask=block_row < ceil_div(rows, BLOCK.rows))
+    inside = (tl.arange(0, ROWS)[:, None] < rows - first) & (tl.arange(0, COLS)[None, :] < cols)
+    folded, byte = folded_words(words, scale, reference, inside, outside_ptr, ELEMENT, WINDOW, FOLDED, GPU)
+    tl.store(folded_scale_ptr + block, byte.to(tl.uint8), mask=exists)
+    store_words(folded, folded_ptr, tile_row, 0, rows, folded_stride, COLS // 4, LAYOUT)
 
 
 def reference_launch(scale: torch.Tensor, reference: torch.Tensor, top: int, turned: bool, spans: int = 1) -> Launch:
@@ -153,6 +213,50 @@ def reference_launch(scale: torch.Tensor, reference: torch.Tensor, top: int, tur
 def reference_spans(length: int) -> int:
     """In how many parts a column of scales is worked on, so that few columns occupy a GPU."""
     return triton.cdiv(length, 128)
+
+
+def quantize_fold_launch(
+    x: torch.Tensor,
+    spec: MXSpec,
+    seed: torch.Tensor | None,
+    window: Window,
+    reference: torch.Tensor,
+    folded: torch.Tensor,
+    folded_scale: torch.Tensor,
+    outside: torch.Tensor,
+    config: CastConfig,
+    capabilities: gpu.Capabilities | None = None,
+) -> Launch:
+    """The launch that quantises and folds a matrix of contiguous rows, which fill no more than a tile's; the
+    outputs are those of `fold_launch` and `reference_launch`."""
+    rows, cols = x.shape
+    whole = rows % config.tile_rows == 0 and cols == config.tile_cols
+    return Launch(
+        quantize_fold_kernel,
+        triton.cdiv(rows, config.tile_rows),
+        {
+            "x_ptr": x,
+            "seed_ptr": seed,
+            "folded_ptr": folded,
+            "folded_scale_ptr": folded_scale,
+            "reference_ptr": reference,
+            "outside_ptr": outside,
+        },
+        {
+            "rows": rows,
+            "cols": cols,
+            "row_stride": x.stride(0),
+            "col_stride": x.stride(1),
+            "folded_stride": folded.stride(0),
+            "SPEC": spec,
+            "WINDOW": window,
+            "FOLDED": MXSpec(window.carrier, spec.block, "rtne", "rceil"),
+            "CONFIG": config,
+            "LAYOUT": Layout(16, whole),
+            "GPU": capabilities or gpu.device_capabilities(x.device),
+        },
+        {"num_warps": config.num_warps},
+    )
 
 
 def fold_launch(

@@ -124,12 +124,13 @@ def carrier_config(
     m: int, n: int, k: int, carrier: torch.dtype, out_dtype: torch.dtype, device: torch.device, turned: bool
 ) -> MatmulConfig | HopperConfig:
     """How a product of FP8 or bf16 carriers is launched. `turned`: one of them is stored `[K, rows]`."""
-    few = m <= FEW_ROWS and carrier != torch.bfloat16
-    if gpu.device_capabilities(device).wgmma and not turned and not few:
+    if gpu.device_capabilities(device).wgmma and not turned:
         from .matmul_hopper_kernel import hopper_config, hopper_serves
 
-        if hopper_serves(m, n, k, out_dtype):
-            processors = torch.cuda.get_device_properties(device).multi_processor_count
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        # large tiles leave most of a GPU idle, and the kernel for them loads less far ahead with small ones
+        few = m <= 64 or (m <= FEW_ROWS and -(-m // 128) * -(-n // 128) > 3 * processors // 4)
+        if hopper_serves(m, n, k, out_dtype) and not (few and carrier.itemsize == 1):
             return hopper_config(m, n, carrier, out_dtype, processors)
     return bf16_matmul_config(m, n, k) if carrier == torch.bfloat16 else folded_matmul_config(m, n, k)
 

@@ -8,7 +8,8 @@ import torch
 
 from .. import gpu
 from ..folded import folded_spec, window
-from ..tune import MatmulConfig, small_matmul_config, wide_matmul_config
+from ..spec import MXSpec
+from ..tune import MatmulConfig, quantize_fold_config, small_matmul_config, wide_matmul_config
 from .native_operand import native_operand
 from .operand import Operand, carrier_dtype, padded
 from .paths import carrier_config, decodes_apart, native_folds, streams_weights
@@ -105,34 +106,48 @@ def carrier_launch(
 
 def plan_fold(plan: Plan, operand: Operand, k: int, outside: torch.Tensor | None = None) -> Operand:
     """Fold a packed operand: E5M2 or E4M3 codes, `[rows, k]` and more, in rows of whole 16 bytes."""
+    assert operand.spec is not None
+    after = folded_spec(operand.spec.T if operand.turned else operand.spec)
+    assert after is not None
+    folded = Operand(make_folded(plan, after, operand.rows, k, outside), operand.rows, after, folded=True)
+    fold_into(plan, operand, k, folded)
+    return folded
+
+
+def make_folded(plan: Plan, spec: MXSpec, rows: int, k: int, outside: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Buffers for codes, scale, reference and, if it is not given, outside."""
+    blocks = spec.scale_shape(rows, k)
+    return [
+        plan.buffer(rows, padded(k), dtype=carrier_dtype(spec)),
+        plan.buffer(*blocks, dtype=torch.uint8),
+        plan.buffer(blocks[0], dtype=torch.uint8),
+        plan.buffer(1, dtype=torch.int32, zero=True) if outside is None else outside,
+    ]
+
+
+def fold_into(plan: Plan, operand: Operand, k: int, folded: Operand) -> None:
+    """The launches that fold a packed operand into buffers."""
     from .fold_kernel import fold_launch, reference_launch, reference_spans
 
     spec = operand.spec
     assert spec is not None
-    found, after = window(spec.element), folded_spec(spec.T if operand.turned else spec)
+    found = window(spec.element)
     assert found is not None
-    assert after is not None
-    blocks = after.scale_shape(operand.rows, k)
-    codes = plan.buffer(operand.rows, padded(k), dtype=carrier_dtype(after))
-    scale = plan.buffer(*blocks, dtype=torch.uint8)
-    reference_bytes = plan.buffer(blocks[0], dtype=torch.uint8)
-    if outside is None:
-        outside = plan.buffer(1, dtype=torch.int32, zero=True)
-    stored_cols = operand.rows if operand.turned else k
+    codes, scale, reference_bytes, outside = folded.parts
     scales = operand.parts[1]
     if operand.turned:  # its lines run down the columns, too few of them to occupy a GPU
         spans = reference_spans(scales.shape[0])
-        spanned = plan.buffer(spans, blocks[0], dtype=torch.uint8)
+        spanned = plan.buffer(spans, reference_bytes.shape[0], dtype=torch.uint8)
         plan.launch(reference_launch(scales, spanned, 0, True, spans))
         scales = spanned
     plan.launch(reference_launch(scales, reference_bytes, found.top, operand.turned))
+    stored_cols = operand.rows if operand.turned else k
     plan.launch(
         fold_launch(
             operand.parts[0], operand.parts[1], stored_cols, spec, operand.turned, found,
             reference_bytes, codes, scale, outside,
         )
     )  # fmt: skip
-    return Operand([codes, scale, reference_bytes, outside], operand.rows, after, folded=True)
 
 
 def _plan_wide(plan: Plan, a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -175,6 +190,28 @@ def plan_bf16(plan: Plan, operand: Operand, k: int, lost: torch.Tensor | None) -
     lost = None if operand.fits_bf16 else lost
     plan.launch(dequantize_launch(operand.parts[0], operand.parts[1], None, operand.spec, out, lost=lost))
     return out
+
+
+def plan_quantize_fold(plan: Plan, x: torch.Tensor, spec: MXSpec, seed: torch.Tensor | None) -> None:
+    """Quantise a matrix and fold it along its rows: from one read where a program can have whole rows. The first
+    buffers made are those of `plan_fold`."""
+    from .fold_kernel import quantize_fold_launch
+    from .quantize_kernel import quantize_launch
+
+    (rows, k), found, after = x.shape, window(spec.element), folded_spec(spec)
+    assert found is not None
+    assert after is not None
+    config = quantize_fold_config(spec, k) if x.stride(1) == 1 else None
+    blocks = after.scale_shape(rows, k)
+    if config is None:
+        folded = Operand(make_folded(plan, after, rows, k), rows, after, folded=True)
+        codes = plan.buffer(rows, spec.packed_cols(k), dtype=torch.uint8)
+        scale = plan.buffer(*blocks, dtype=torch.uint8)
+        plan.launch(quantize_launch(x, spec, seed, [codes, scale]))
+        fold_into(plan, Operand([codes, scale], rows, spec), k, folded)
+        return
+    codes, scale, reference_bytes, outside = make_folded(plan, after, rows, k)
+    plan.launch(quantize_fold_launch(x, spec, seed, found, reference_bytes, codes, scale, outside, config))
 
 
 def _plan_decoding(

@@ -10,6 +10,7 @@ from .rule import (
     fold_config,
     folded_matmul_config,
     quantize_config,
+    quantize_fold_config,
     small_matmul_config,
     wide_matmul_config,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "fold_config",
     "folded_matmul_config",
     "quantize_config",
+    "quantize_fold_config",
     "small_matmul_config",
     "wide_matmul_config",
 ]

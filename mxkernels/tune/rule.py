@@ -81,6 +81,19 @@ def fold_config(spec: MXSpec, rows: int, cols: int, turned: bool) -> CastConfig:
     return _fit(config, spec.block.rows, spec.block.cols, rows, cols)
 
 
+def quantize_fold_config(spec: MXSpec, cols: int) -> CastConfig | None:
+    """For rows of `cols`, of which a program has whole ones; None where they are too long for that, or packing
+    would move elements between threads, as it does of 6 bits."""
+    if spec.element.bits != 4:
+        return None
+    tile_cols = max(_power_of_two_above(cols), spec.block.cols, 64)
+    tile_rows = max(spec.block.rows, 1024 // tile_cols)
+    elements = tile_rows * tile_cols
+    if elements > 32768:
+        return None
+    return CastConfig(tile_rows, tile_cols, min(max(elements // 1024, 1), 16), wide=True)
+
+
 @dataclass(frozen=True)
 class MatmulConfig:
     """How a product is launched: a program works on `block_m` x `block_n` of the output, `block_k` of the
@@ -132,13 +145,13 @@ def small_matmul_config(m: int, n: int, k: int) -> SmallMatmulConfig:
 
 
 def folded_matmul_config(m: int, n: int, k: int) -> MatmulConfig:
-    """For a product of FP8 operands, m x k and k x n: of few rows, tiles that occupy a large GPU at 8192 columns,
-    and a deep pipeline."""
+    """For a product of FP8 operands, m x k and k x n: of few rows, tiles enough to occupy a large GPU, and a deep
+    pipeline."""
+    if m <= 64 and n < 6144:
+        return MatmulConfig(64, 32, 256, 4, 8, promote=512)
     if m <= 64:
         return MatmulConfig(64, 64, 256, 4, 6, promote=512)
-    if m <= FEW_ROWS:
-        return MatmulConfig(128, 128, 128, 8, 6, promote=512)
-    return MatmulConfig(128, 128, 128, 8, 4, promote=512)
+    return MatmulConfig(128, 128, 128, 8, 6 if m <= FEW_ROWS else 4, promote=512)
 
 
 def bf16_matmul_config(m: int, n: int, k: int) -> MatmulConfig:
