@@ -79,11 +79,6 @@ def product(row: Row) -> str:
     return f"{activations} × {row['fmt']} {row['block']}{purpose}"
 
 
-def product_shown(row: Row) -> bool:
-    """Of the backward products, those of the square layer."""
-    return not row["name"].startswith(("dgrad", "wgrad")) or len(set(row["shape"])) == 1
-
-
 CASTS = Table(
     "results",
     ROOT / "bench/results/nvidia-h200-casts.json",
@@ -100,7 +95,7 @@ PRODUCTS = Table(
     "products",
     ROOT / "bench/results/nvidia-h200-products.json",
     "bfloat16 out, cold L2, median; bf16 by `torch.mm`, FP8 by `torch._scaled_mm` with a scale a tensor",
-    product_shown,
+    lambda row: True,
     {
         "product": product,
         "M x N x K": lambda row: "x".join(map(str, row["shape"])),

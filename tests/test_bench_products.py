@@ -318,5 +318,6 @@ def test_the_table_of_products(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert cells[0] == ["product", "M x N x K", "from", "µs", "TFLOP/s", "times bf16", "times FP8"]
     assert cells[2:] == [
         ["e2m1 1x32 × e2m1 1x32, forward, x wᵀ", "6x40x96", "codes", "12.3", "988", "1.50", "–"],
+        ["e2m1 1x32 × e2m1 1x32, dgrad, dy w", "6x40x96", "codes", "12.3", "988", "1.50", "–"],
         ["bfloat16 × e2m1 1x32", "6x40x96", "codes", "12.3", "988", "1.50", "–"],
     ]
