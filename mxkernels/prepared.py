@@ -110,11 +110,15 @@ def prepare(q: MXTensor) -> PreparedTensor:
     waits for the device.
 
     Raises:
-        ValueError: q is not a matrix of symmetric 4-bit elements in blocks of one row and 16 columns or more.
+        TypeError, ValueError: q is not a matrix of symmetric 4-bit elements, in blocks of one row and 16 columns
+            or more.
     """
+    if not isinstance(q, MXTensor):
+        raise TypeError(f"q is a {type(q).__name__}; allowed: MXTensor")
     spec = q.spec
-    if len(q.shape) != 2 or q.transposed:
-        raise ValueError("prepare needs a matrix as it was quantised, not a transpose")
+    if len(q.shape) != 2 or q.transposed or 0 in q.shape:
+        transposed = ", transposed" if q.transposed else ""
+        raise ValueError(f"q is {list(q.shape)}{transposed}; allowed: a matrix as it was quantised, not empty")
     if not preparable(spec):
         raise ValueError(f"prepare needs symmetric 4-bit elements in blocks of 1x16 to 1x128, not {spec}")
     # Where no scale is too large, that of the elements' bits read as bf16 is joined to it: one multiplication less.

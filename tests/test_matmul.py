@@ -178,3 +178,35 @@ def test_bias_and_output_dtypes(path: str, dtype: torch.dtype) -> None:
     bias = torch.randint(-8, 9, (24,)).to(torch.bfloat16)
     expected = (decoded(a) @ decoded(b).T + bias.double()).to(dtype)
     assert torch.equal(run(a, b, path, bias, dtype), expected)
+
+
+@pytest.mark.parametrize("k", [24, 40, 1000])
+def test_folded_operands_on_the_16_bit_path(k: int) -> None:
+    """Their rows are padded to whole 16 bytes."""
+    q = operand(30, k, "e2m1 1x32 rtne even symmetric")
+    check(operand(20, k, "bfloat16", 1), kernel_fold(q), "wide")
+    check(kernel_fold(q), kernel_fold(q), "wide")
+
+
+@pytest.mark.parametrize("kind", ["float16", "e4m3 1x32 rtne rceil asymmetric", "e5m2 1x32 rtne rceil symmetric"])
+def test_what_parts_hold_is_not_multiplied_again(kind: str) -> None:
+    from mxkernels.ops.matmul_wide_kernel import matmul_wide_launch
+    from mxkernels.tune import wide_matmul_config
+
+    sides = []
+    for seed, name in enumerate((kind, "e4m3 1x32 rtne rceil symmetric")):
+        side = operand_a(operand(20, 70, name, seed))
+        sides.append(products._wide_operand(Operand.of_kind(launchable(side.parts, side.kind), side.kind, 20)))
+    lost, out = torch.zeros(1, dtype=torch.int32), torch.empty(20, 20)
+    config = wide_matmul_config(20, 20, 70, exact=False)
+    matmul_wide_launch((sides[0], sides[1]), 70, None, out, (None, None), lost, False, config).run(out.device)
+    assert not lost.any()
+
+
+def test_an_infinite_number_of_two_parts() -> None:
+    x = operand(4, 64, "float16")
+    x[1, 5] = torch.inf
+    w = mx.quantize(torch.rand(8, 64) + 1, mx.mxfp4)
+    out = run(x, w, "wide")
+    assert (out[1] == torch.inf).all()
+    assert out[[0, 2, 3]].isfinite().all()

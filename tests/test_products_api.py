@@ -64,7 +64,8 @@ def test_square_blocks_serve_the_three_products() -> None:
 
 
 def test_no_gradient_flows() -> None:
-    assert not mx.matmul(X.clone().requires_grad_(), W.T).requires_grad
+    bias = torch.zeros(48, requires_grad=True)
+    assert not mx.matmul(X.clone().requires_grad_(), W.T, bias=bias).requires_grad
 
 
 def test_empty_products() -> None:
@@ -93,7 +94,9 @@ def test_empty_products() -> None:
         (lambda: mx.fold(W, mx.mxfp4), ValueError, "x is an MXTensor; allowed with one: neither"),
         (lambda: mx.fold(mx.quantize(X, mx.mxint8)), ValueError, "x is int8.*elements of 4 or 6 bits"),
         (lambda: mx.fold(X, mx.mxfp8_e4m3), ValueError, "spec is e4m3.*elements of 4 or 6 bits"),
-        (lambda: mx.prepare(W.T), ValueError, "not a transpose"),
+        (lambda: mx.prepare(W.T), ValueError, "transposed; allowed: a matrix as it was quantised"),
+        (lambda: mx.prepare(X), TypeError, "q is a Tensor; allowed: MXTensor"),
+        (lambda: mx.prepare(mx.quantize(torch.ones(0, 64), mx.mxfp4)), ValueError, "not empty"),
         (lambda: mx.prepare(mx.quantize(X[0], mx.mxfp8_e4m3)), ValueError, "symmetric 4-bit elements"),
         (lambda: torch.relu(mx.fold(W)), TypeError, "relu does not take a FoldedTensor"),
     ],

@@ -187,7 +187,8 @@ def matmul(
     left, right = _sides(a, b)
     if path != "auto":
         _insist(path, left, right, k, a.device)
-    eager = all(_is_eager(x) for x in (*left.parts, *right.parts))
+    bias = None if bias is None else _plain(bias)
+    eager = all(_is_eager(x) for x in (*left.parts, *right.parts, *([] if bias is None else [bias])))
     op = _matmul_cuda if eager else torch.ops.mxkernels.matmul.default
     return op(left.parts, left.kind, leading, right.parts, right.kind, n, k, bias, out_dtype, path)
 
@@ -204,7 +205,7 @@ def explain(
     of `matmul`.
     """
     k = check_operands(a, b)[-1]
-    left, right = _sides(a, b)
+    left, right = (Operand.of_kind(launchable(side.parts, side.kind), side.kind, side.rows) for side in _sides(a, b))
     if path != "auto":
         _insist(path, left, right, k, a.device)
     return explanation(left, right, k, a.device, path)
@@ -443,6 +444,9 @@ def _fold_cpu(codes: torch.Tensor, scale: torch.Tensor, kind: str, rows: int, k:
 
 
 def _fold_cuda(codes: torch.Tensor, scale: torch.Tensor, kind: str, rows: int, k: int) -> list[torch.Tensor]:
+    if rows == 0 or k == 0:
+        return [part.zero_() for part in _fold_fake(codes, scale, kind, rows, k)]
+
     def prepare() -> list[Any]:
         return launchable([codes, scale], kind)
 
@@ -485,9 +489,10 @@ def _matmul_cuda(
         return [*launchable(a, a_kind), *launchable(b, b_kind), None if bias is None else bias.contiguous()]
 
     if gpu.device_capabilities(device).block_scaled_mma and path in ("auto", "native"):
-        left, right = sides(prepare())
+        ready = prepare()
+        left, right = sides(ready)
         if path == "native" or choose(left, right, gpu.device_capabilities(device)) == "native":
-            return products.native_product(left, right, k, bias, dtype, device).view(*a_rows, n)
+            return products.native_product(left, right, k, ready[-1], dtype, device).view(*a_rows, n)
 
     def run(plan: products.Plan, inputs: list[Any]) -> None:
         left, right = sides(inputs)

@@ -70,7 +70,7 @@ def matmul_small_kernel(
     i = tl.arange(0, X_ROWS)[:, None]
     j = tl.arange(0, ROWS)[None, :]
     total = memory_order(total, WARPS).T
-    part = partial_ptr + i * N.to(tl.int64) + tile * ROWS + j
+    part = partial_ptr + i.to(tl.int64) * N + tile * ROWS + j
     inside = (i < M) & (j < N - tile * ROWS)
     tl.store(part + split.to(tl.int64) * M * N, total, mask=inside)
 

@@ -13,7 +13,19 @@ from ..spec import Block, MXSpec
 from ..tune import MatmulConfig
 from .launch import Launch, Layout
 from .matmul_kernel import grouped_tile, store_product
-from .primitives import NAN_BYTE, below_bf16, bits_of, ceil_div, decode_words, scale_value, spread, to_fp32, value_of
+from .primitives import (
+    INFINITY,
+    MAGNITUDE,
+    NAN_BYTE,
+    below_bf16,
+    bits_of,
+    ceil_div,
+    decode_words,
+    scale_value,
+    spread,
+    to_fp32,
+    value_of,
+)
 from .tiles import load_words
 
 
@@ -94,8 +106,8 @@ def matmul_wide_kernel(
         else:
             total = dot_by_parts(a, b, total, A_PARTS, B_PARTS, GPU)
             if lost_ptr is not None:
-                lost_a |= below_bf16(a)
-                lost_b |= below_bf16(b)
+                lost_a |= lost_bits(a, tile_m * BLOCK_M, M, A_PARTS)
+                lost_b |= lost_bits(b, tile_n * BLOCK_N, N, B_PARTS)
     if lost_ptr is not None:
         if tl.max(tl.max(lost_a, axis=1), axis=0) + tl.max(tl.max(lost_b, axis=1), axis=0) != 0:
             tl.store(lost_ptr, 1)
@@ -168,9 +180,24 @@ def dot_by_parts(a, b, total, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr, GPU:
                 total = tl.dot(a_part.to(tl.bfloat16), b_part.to(tl.bfloat16).T, total)
             else:
                 total = tl.dot(a_part, b_part.T, total, input_precision="ieee")
-            rest -= b_part
-        a -= a_part
+            rest = remainder(rest, b_part)
+        a = remainder(a, a_part)
     return total
+
+
+@triton.jit
+def remainder(x, part):
+    """`x - part`; 0 of what is not finite, which its first part says."""
+    return tl.where((bits_of(x) & MAGNITUDE) < INFINITY, x - part, 0.0)
+
+
+@triton.jit
+def lost_bits(x, first, rows, PARTS: tl.constexpr):
+    """Not 0 where PARTS bf16 numbers do not hold fp32 `x`, whose rows are `first` … of `rows`."""
+    for i in tl.static_range(PARTS - 1):
+        x = remainder(x, bf16_part(x, PARTS - i))
+    row = first + tl.arange(0, x.shape[0])[:, None]
+    return tl.where(row < rows, below_bf16(x), 0)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import reference
+from .. import gpu, reference
 from ..folded import FoldedTensor
 from ..prepared import PreparedTensor
 from ..spec import MXSpec
@@ -78,8 +78,10 @@ class Operand:
         return f"{self.spec.element.name} {block}{asymmetric}{state}"
 
 
-def carrier_dtype(spec: MXSpec) -> torch.dtype:
-    """torch's name for the elements of a folded tensor."""
+def carrier_dtype(spec: MXSpec, device: torch.device) -> torch.dtype:
+    """What kernels take the elements of a folded tensor as: bytes, on a GPU that has no type for them."""
+    if device.type == "cuda" and not gpu.device_capabilities(device).fp8_mma:
+        return torch.uint8
     return {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[spec.element.name]
 
 
@@ -155,7 +157,7 @@ def launchable(parts: Sequence[torch.Tensor], kind: str) -> list[torch.Tensor]:
             aligned = codes.new_empty((codes.shape[0], padded(codes.shape[1])))
             aligned[:, : codes.shape[1]] = codes
             codes = aligned
-        codes = codes.view(carrier_dtype(MXSpec.parse(kind.split(" ", 2)[2])))
+        codes = codes.view(carrier_dtype(MXSpec.parse(kind.split(" ", 2)[2]), codes.device))
     elif kind != "plain" and not codes.is_contiguous():
         codes = codes.contiguous()
     return [codes, *(part if part.is_contiguous() else part.contiguous() for part in rest)]

@@ -116,7 +116,9 @@ def decodes_apart(operand: Operand, k: int) -> bool:
         return False
     if operand.spec is None:
         x = operand.parts[0]
-        return x.dtype == torch.bfloat16 and x.stride(1) == 1 and x.stride(0) % 8 == 0
+        return x.dtype == torch.bfloat16 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) >= k
+    if operand.folded and operand.parts[0].stride(0) != k:
+        return False  # its rows are padded
     return operand.spec.symmetric and (operand.rows if operand.turned else k) % 8 == 0
 
 
@@ -135,6 +137,15 @@ def carrier_config(
     return bf16_matmul_config(m, n, k) if carrier == torch.bfloat16 else folded_matmul_config(m, n, k)
 
 
+def _not_chosen(path: str, a: Operand, b: Operand, capabilities: gpu.Capabilities) -> str:
+    """Why not a path that could serve."""
+    if path == choose(a, b, capabilities):
+        return 'path="auto" would take it'
+    if path == "fp8" and min(a.rows, b.rows) < _LEAST_FP8_ROWS:
+        return f"fewer than {_LEAST_FP8_ROWS} rows: folding takes longer than it saves"
+    return "another is faster"
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What a product will run; `str()` of it reads well.
@@ -143,7 +154,7 @@ class Explanation:
         path: native, fp8 or wide.
         reason: why that one.
         instruction: what multiplies.
-        config: how it is launched; None on the CPU.
+        config: how it is launched; None on the CPU and on the native path.
         refused: the other paths that were considered, with the reason against each.
     """
 
@@ -180,8 +191,7 @@ def explanation(
     refused = {}
     for other in PATHS:
         if other != chosen:
-            small = f"fewer than {_LEAST_FP8_ROWS} rows: folding takes longer than it saves"
-            refused[other] = refusal(other, a, b, capabilities) or (small if other == "fp8" else "a faster one serves")
+            refused[other] = refusal(other, a, b, capabilities) or _not_chosen(other, a, b, capabilities)
     if chosen == "native":
         folded = native_folds(a, b, capabilities)
         how = ("folded onto FP8" if fold else "as it is" for fold in folded)

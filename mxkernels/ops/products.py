@@ -118,7 +118,7 @@ def make_folded(plan: Plan, spec: MXSpec, rows: int, k: int, outside: torch.Tens
     """Buffers for codes, scale, reference and, if it is not given, outside."""
     blocks = spec.scale_shape(rows, k)
     return [
-        plan.buffer(rows, padded(k), dtype=carrier_dtype(spec)),
+        plan.buffer(rows, padded(k), dtype=carrier_dtype(spec, plan.device)),
         plan.buffer(*blocks, dtype=torch.uint8),
         plan.buffer(blocks[0], dtype=torch.uint8),
         plan.buffer(1, dtype=torch.int32, zero=True) if outside is None else outside,
@@ -270,8 +270,13 @@ def native_product(
     if guards:
         first, second = [*guards, None][:2]
         wide = (_wide_operand(operands[0]), _wide_operand(operands[1]))
+        fits_bf16 = all(operand.fits_bf16 for operand in operands)
+        lost = None if fits_bf16 else torch.zeros(1, dtype=torch.int32, device=device)
         config = wide_matmul_config(a.rows, b.rows, k, exact=False)
-        matmul_wide_launch(wide, k, bias, out, (first, second), None, False, config).run(device)
+        matmul_wide_launch(wide, k, bias, out, (first, second), lost, False, config).run(device)
+        if lost is not None:
+            config = wide_matmul_config(a.rows, b.rows, k, exact=True)
+            matmul_wide_launch(wide, k, bias, out, (lost, None), None, True, config).run(device)
     return out
 
 
@@ -282,7 +287,7 @@ def _fold_now(operand: Operand, k: int) -> Operand:
     assert spec is not None
     after = folded_spec(spec.T if operand.turned else spec)
     assert after is not None
-    return Operand([parts[0].view(carrier_dtype(after)), *parts[1:]], operand.rows, after, folded=True)
+    return Operand([parts[0].view(carrier_dtype(after, parts[0].device)), *parts[1:]], operand.rows, after, folded=True)
 
 
 def outside_window(a: Operand, b: Operand, k: int) -> str | None:

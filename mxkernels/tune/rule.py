@@ -140,7 +140,7 @@ def small_matmul_config(m: int, n: int, k: int) -> SmallMatmulConfig:
     """For a product of m <= 64 rows with 4-bit weights: as many programs as a large GPU holds at a time."""
     rows, cols = 128, 128
     programs = 512 if m <= 16 else 256
-    splits = max(min(programs // ceil_div(n, rows), ceil_div(k, 4 * cols)), 1)
+    splits = max(min(programs // max(ceil_div(n, rows), 1), ceil_div(k, 4 * cols)), 1)
     return SmallMatmulConfig(rows, cols, splits, num_warps=4, num_stages=3)
 
 
