@@ -244,5 +244,5 @@ def test_what_cannot_be_prepared() -> None:
         )
         with pytest.raises(ValueError, match="prepare needs"):
             prepare(q)
-    with pytest.raises(ValueError, match="not a transpose"):
+    with pytest.raises(ValueError, match="transposed; allowed: a matrix as it was quantised"):
         prepare(quantised(64, 128, MXSpec("e2m1"), 127).T)
