@@ -135,10 +135,11 @@ def fold(
         fold_codes = _fold_cuda if _is_eager(x.codes) else torch.ops.mxkernels.fold.default
         parts = fold_codes(operand.parts[0], operand.parts[1], operand.kind, operand.rows, x.shape[-1])
     else:
-        if spec is None and isinstance(x, torch.Tensor):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"x is a {type(x).__name__}; allowed: an MXTensor or a torch.Tensor")
+        if spec is None:
             raise TypeError("spec is None; allowed with a plain tensor: MXSpec, such as mxkernels.mxfp4")
         _check_input(x, spec)
-        assert spec is not None
         after = _folded(spec, "spec")
         _check_matrix(x)
         fold_plain = _quantize_fold_cuda if _is_eager(x) else torch.ops.mxkernels.quantize_fold.default

@@ -26,7 +26,6 @@ from .matmul_kernel import store_product
 from .primitives import NAN_BYTE, bits_of, ceil_div, decode, scale_value, to_fp32
 from .tiles import load_words
 
-MAX_ROWS = 64
 BAND = tl.constexpr(prepared.BAND)
 GROUP = tl.constexpr(prepared.GROUP)
 
@@ -199,8 +198,6 @@ def spread_columns(per_block, THREADS: tl.constexpr, WORDS: tl.constexpr):
     R: tl.constexpr = per_block.shape[0]
     GROUPS: tl.constexpr = WORDS // 16
     BLOCKS: tl.constexpr = per_block.shape[1] // GROUPS
-    if BLOCKS == 0:
-        return tl.broadcast_to(per_block, [R, WORDS])
     each = tl.reshape(per_block, [R, GROUPS, 1, BLOCKS, 1])
     return tl.reshape(tl.broadcast_to(each, [R, GROUPS, THREADS, BLOCKS, 16 // THREADS // BLOCKS]), [R, WORDS])
 

@@ -177,10 +177,8 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explanation(
-    a: Operand, b: Operand, k: int, device: torch.device, path: str = "auto", look: bool = True
-) -> Explanation:
-    """Why `matmul` takes which path. `look`: read from the device whether folded operands' exponents fit."""
+def explanation(a: Operand, b: Operand, k: int, device: torch.device, path: str) -> Explanation:
+    """Why `matmul` takes which path. Reads from the device whether folded operands' exponents fit."""
     operands = f"[{a.rows}, {k}] {a.name} x [{k}, {b.rows}] {b.name} on {device}"
     if device.type == "cpu":
         return Explanation(
@@ -200,7 +198,7 @@ def explanation(
     if chosen == "fp8":
         carriers = [_carrier(operand) for operand in (a, b)]
         reason = "both operands are exact in FP8 with a power of two a row"
-        if look and any(operand.folded and int(operand.parts[3]) for operand in (a, b)):
+        if any(operand.folded and int(operand.parts[3]) for operand in (a, b)):
             reason = "tried first; but some row's exponents lie too far apart, so the 16-bit path redoes the product"
         config = carrier_config(a.rows, b.rows, k, torch.float8_e5m2, torch.bfloat16, device, turned=False)
         return Explanation(operands, chosen, reason, f"FP8 MMA, {' x '.join(carriers)}", config, refused)
