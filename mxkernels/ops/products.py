@@ -164,7 +164,7 @@ def _plan_wide(plan: Plan, a: Operand, b: Operand, k: int, bias: torch.Tensor | 
     carriers = [plan_bf16(plan, side, k, lost) for side in (a, b)]
     plan.launch(carrier_launch(carriers[0], carriers[1], k, None, (1, 1), bias, out, (a.turned, b.turned)))
     if lost is not None:
-        _plan_decoding(plan, a, b, k, bias, out, guards=[lost], exact=True)
+        plan.launch(decoding_launch(a, b, k, bias, out, [lost], None, exact=True))
 
 
 def _plan_streaming(plan: Plan, a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -216,18 +216,35 @@ def plan_quantize_fold(plan: Plan, x: torch.Tensor, spec: MXSpec, seed: torch.Te
 
 def _plan_decoding(
     plan: Plan, a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor,
-    guards: list[torch.Tensor] | None = None, exact: bool = False,
+    guards: list[torch.Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """The kernel that takes operands of any kind; in bf16 and, if that lost bits, in fp32; or `exact` at once."""
+    lost = None if a.fits_bf16 and b.fits_bf16 else plan.buffer(1, dtype=torch.int32, zero=True)
+    for launch in decoding_launches(a, b, k, bias, out, guards or [], lost):
+        plan.launch(launch)
+
+
+def decoding_launches(
+    a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor,
+    guards: list[torch.Tensor], lost: torch.Tensor | None,
+) -> list[Launch]:  # fmt: skip
+    """The kernel that takes operands of any kind, in bf16; and again in fp32, if the first says in `lost` that it
+    lost bits."""
+    launches = [decoding_launch(a, b, k, bias, out, guards, lost)]
+    if lost is not None:
+        launches.append(decoding_launch(a, b, k, bias, out, [lost], None, exact=True))
+    return launches
+
+
+def decoding_launch(
+    a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor,
+    guards: list[torch.Tensor], lost: torch.Tensor | None, exact: bool = False,
+) -> Launch:  # fmt: skip
     from .matmul_wide_kernel import matmul_wide_launch
 
-    sides = (_wide_operand(a), _wide_operand(b))
-    first, second = [*(guards or []), None, None][:2]
+    first, second = [*guards, None, None][:2]
     config = wide_matmul_config(a.rows, b.rows, k, exact)
-    lost = None if exact or (a.fits_bf16 and b.fits_bf16) else plan.buffer(1, dtype=torch.int32, zero=True)
-    plan.launch(matmul_wide_launch(sides, k, bias, out, (first, second), lost, exact, config))
-    if lost is not None:
-        _plan_decoding(plan, a, b, k, bias, out, guards=[lost], exact=True)
+    sides = (_wide_operand(a), _wide_operand(b))
+    return matmul_wide_launch(sides, k, bias, out, (first, second), lost, exact, config)
 
 
 def _wide_operand(operand: Operand) -> WideOperand:
@@ -247,7 +264,6 @@ def native_product(
 ) -> torch.Tensor:
     """Run a product on block-scaled tensor cores; and again by decoding, where folding could not serve."""
     from .matmul_native_kernel import matmul_native_launch
-    from .matmul_wide_kernel import matmul_wide_launch
 
     capabilities = gpu.device_capabilities(device)
     out = torch.empty((a.rows, b.rows), dtype=dtype, device=device)
@@ -268,15 +284,10 @@ def native_product(
     matmul_native_launch(sides[0], sides[1], bias, None, out).run(device)
     guards = [operand.parts[3] for operand in operands if operand.folded]
     if guards:
-        first, second = [*guards, None][:2]
-        wide = (_wide_operand(operands[0]), _wide_operand(operands[1]))
         fits_bf16 = all(operand.fits_bf16 for operand in operands)
         lost = None if fits_bf16 else torch.zeros(1, dtype=torch.int32, device=device)
-        config = wide_matmul_config(a.rows, b.rows, k, exact=False)
-        matmul_wide_launch(wide, k, bias, out, (first, second), lost, False, config).run(device)
-        if lost is not None:
-            config = wide_matmul_config(a.rows, b.rows, k, exact=True)
-            matmul_wide_launch(wide, k, bias, out, (lost, None), None, True, config).run(device)
+        for launch in decoding_launches(operands[0], operands[1], k, bias, out, guards, lost):
+            launch.run(device)
     return out
 
 
