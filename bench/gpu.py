@@ -37,6 +37,9 @@ MEASUREMENTS = {
     "sizes": "bench/casts.py",
     "products": "bench/products.py",
     "products-overhead": "bench/products.py",
+    "layers": "bench/training.py",
+    "step": "bench/training.py",
+    "training": "bench/training.py",
 }
 
 
@@ -95,7 +98,7 @@ def run(piece: Piece) -> dict[str, Any]:
 
 def sources() -> str:
     """What tells apart all that a piece's outcome depends on."""
-    return digest(ROOT / "mxkernels", ROOT / "tests", ROOT / "bench")
+    return digest(ROOT / "mxkernels", ROOT / "tests", ROOT / "bench", ROOT / "examples")
 
 
 def record(results: Path, piece: Piece) -> dict[str, Any]:

@@ -27,9 +27,12 @@ def record(
     if not torch.cuda.is_available():
         parser.error("torch sees no GPU, and these are a GPU's measurements")
     device = torch.device("cuda", torch.cuda.current_device())
-    rows = measure(arguments.group, device)
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    name = device_name(device).lower().replace(" ", "-")
-    path = arguments.results / f"{name}-{arguments.group}.json"
+    write(measure(arguments.group, device), arguments.group, arguments.results, device)
+
+
+def write(rows: list[dict[str, Any]], group: str, results: Path, device: torch.device) -> None:
+    """Write a group's rows, headed by the environment, to RESULTS/<gpu>-<GROUP>.json."""
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / f"{device_name(device).lower().replace(' ', '-')}-{group}.json"
     path.write_text(report.render("json", environment(device), rows), encoding="utf-8")
     print(f"wrote {path}")

@@ -1,4 +1,4 @@
-"""The README's tables of results, made from the recorded ones.
+"""The documents' tables of results, made from the recorded ones.
 
 python bench/table.py          rewrites each between its two markers
 """
@@ -18,6 +18,9 @@ from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parents[1]
 
+README = ROOT / "README.md"
+TRAINING_PAGE = ROOT / "docs/training.md"
+
 Row = dict[str, Any]
 
 
@@ -27,6 +30,7 @@ class Table:
 
     Attributes:
         name: in its markers.
+        page: the document that it stands in.
     """
 
     name: str
@@ -34,6 +38,7 @@ class Table:
     title: str
     shown: Callable[[Row], bool]
     columns: dict[str, Callable[[Row], str]]
+    page: Path = README
 
     @property
     def start(self) -> str:
@@ -79,6 +84,11 @@ def product(row: Row) -> str:
     return f"{activations} × {row['fmt']} {row['block']}{purpose}"
 
 
+def loss(row: Row, name: str) -> str:
+    """A loss and its gap to bf16; a run without one has diverged."""
+    return "diverged" if row[name] is None else f"{row[name]:.4f} ({row[name + '_gap']:+.4f})"
+
+
 CASTS = Table(
     "results",
     ROOT / "bench/results/nvidia-h200-casts.json",
@@ -106,17 +116,58 @@ PRODUCTS = Table(
         "times FP8": lambda row: "–" if row["vs_fp8"] is None else f"{row['vs_fp8']:.2f}",
     },
 )
-TABLES = (CASTS, PRODUCTS)
+TRAINING = Table(
+    "training",
+    ROOT / "bench/results/nvidia-h200-training.json",
+    "the losses in nats a byte, the gap to bf16 behind each",
+    lambda row: True,
+    {
+        "run": lambda row: row["label"],
+        "training loss": lambda row: loss(row, "loss"),
+        "validation loss": lambda row: loss(row, "validation"),
+        "ms a step": lambda row: f"{row['step_ms']:.1f}",
+        "GB at most": lambda row: f"{row['peak_memory_bytes'] / 1e9:.1f}",
+    },
+    TRAINING_PAGE,
+)
+LAYERS = Table(
+    "layers",
+    ROOT / "bench/results/nvidia-h200-layers.json",
+    "forward and backward, weights in bfloat16, cold L2, median; `torch` is `nn.Linear`",
+    lambda row: True,
+    {
+        "layer": lambda row: row["label"],
+        "tokens, in → out": lambda row: f"{row['tokens']}, {row['in_features']} → {row['out_features']}",
+        "µs": lambda row: f"{row['median_us']:.0f}",
+        "times torch": lambda row: f"{row['vs_torch']:.2f}",
+        "saved for backward": lambda row: f"{row['saved_vs_torch']:.3f}",
+        "host, forward, µs": lambda row: f"{row['forward_host_us']:.0f}",
+    },
+    TRAINING_PAGE,
+)
+STEP = Table(
+    "step",
+    ROOT / "bench/results/nvidia-h200-step.json",
+    "a whole step, median",
+    lambda row: True,
+    {
+        "recipe": lambda row: row["recipe"] + (", compiled" if row["compiled"] else ""),
+        "parameters": lambda row: f"{row['parameters']:,}",
+        "batch": lambda row: f"{row['batch']} x {row['context']}",
+        "ms": lambda row: f"{row['median_ms']:.0f}",
+        "times bf16, compiled": lambda row: f"{row['vs_bf16_compiled']:.2f}",
+        "GB at most": lambda row: f"{row['peak_memory_bytes'] / 1e9:.1f}",
+    },
+    TRAINING_PAGE,
+)
+TABLES = (CASTS, PRODUCTS, TRAINING, LAYERS, STEP)
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    page = readme.read_text("utf-8")
     for table in TABLES:
-        before, _, rest = page.partition(table.start)
+        before, _, rest = table.page.read_text("utf-8").partition(table.start)
         _, _, after = rest.partition(table.end)
-        page = before + table.start + table.text() + table.end + after
-    readme.write_text(page, "utf-8")
+        table.page.write_text(before + table.start + table.text() + table.end + after, "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Microscaling (MX) formats for training and serving, in Triton. Start at `quantize`; bytes: `docs/numerics.md`."""
 
+from . import nn, ops, recipes
 from .files import load_file, save_file
 from .folded import FoldedTensor
 from .formats import FORMATS, ElementFormat
+from .nn import convert
 from .ops import dequantize, explain, fold, matmul, quantize, quantize_pair
+from .packed import pack
 from .prepared import PreparedTensor, prepare
 from .spec import (
     PRESETS,
@@ -30,6 +33,7 @@ __all__ = [
     "MXSpec",
     "MXTensor",
     "PreparedTensor",
+    "convert",
     "dequantize",
     "explain",
     "fold",
@@ -42,6 +46,7 @@ __all__ = [
     "mxfp8_e5m2",
     "mxint4",
     "mxint8",
+    "pack",
     "prepare",
     "quantize",
     "quantize_pair",

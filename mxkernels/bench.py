@@ -14,14 +14,14 @@ from .ops import dequantize, quantize, quantize_pair
 from .perf import Ceilings, Timing, time_call, time_host
 from .spec import MXSpec
 from .tensor import MXTensor
+from .tune import recording
 
 OPS = ("quantize", "dequantize", "quantize_pair")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ERROR_CHUNK = 1 << 24  # elements that the error is summed over at once, in float64
 
-# What serves each device type, and where its config comes from.
-_PATHS = {"cuda": ("triton", "rule"), "cpu": ("reference", "reference")}
+_PATHS = {"cuda": "triton", "cpu": "reference"}  # what serves each device type
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,6 @@ class Bench:
         gbps = traffic / timing.median_us / 1e3
         bytes_bf16 = 2 * x.numel() * work.copies
         bytes_fp8 = (x.numel() + 4 * prod(x.shape[:-1])) * work.copies
-        path, config_source = _PATHS[self.device.type]
         return {
             "op": case.op,
             "fmt": case.spec.element.name,
@@ -127,8 +126,8 @@ class Bench:
             "rmse": rmse,
             "sqnr_db": sqnr_db,
             "nonfinite": nonfinite,
-            "path": path,
-            "config_source": config_source,
+            "path": _PATHS[self.device.type],
+            "config_source": config_source(work.call),
         }
 
     def host(self, case: Case) -> Timing:
@@ -154,6 +153,14 @@ def _prepare(case: Case, x: torch.Tensor, q: MXTensor, seed: torch.Tensor | None
         stored = sum(copy.nbytes for copy in quantize_pair(x, case.spec, seed))
         return _Work(lambda: quantize_pair(x, case.spec, seed), x.nbytes, stored, stored, 2)
     raise ValueError(f"op is {case.op!r}; allowed: {', '.join(OPS)}")
+
+
+def config_source(call: Callable[[], object]) -> str:
+    """Where the configs of a call's launches come from, as `tune.Choice` says it, those of the first launches first:
+    `cache`, or `shipped + rule`. Of a call that launches nothing it is the reference."""
+    with recording() as seen:
+        call()
+    return " + ".join(dict.fromkeys(choice.origin for choice in seen.values())) or "reference"
 
 
 def error(x: torch.Tensor, q: MXTensor) -> tuple[float | None, float | None, int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .bench import DTYPE_NAMES
+from .bench import DTYPE_NAMES, config_source
 from .environment import device_name
 from .folded import FoldedTensor, folded_spec
 from .ops import explain, fold, matmul, quantize
@@ -168,7 +168,7 @@ class ProductBench:
             "path": explained.path,
             "instruction": explained.instruction,
             "config": explained.config and str(explained.config),
-            "config_source": "reference" if explained.path == "reference" else "rule",
+            "config_source": config_source(work.call),
         }
 
     def host(self, case: ProductCase) -> Timing:
@@ -249,8 +249,9 @@ def _quantised(x: torch.Tensor, source: Source, turned: bool, seed: torch.Tensor
 
 
 def _from_plain(x: torch.Tensor, source: Source, turned: bool, seed: torch.Tensor) -> Operand:
-    """The operand `[rows, K]` for the FP8 path: folded as it is quantised, unless its copy serves other products."""
-    if isinstance(source, torch.dtype) or (turned and source == source.T):
+    """The operand `[rows, K]` for the FP8 path: folded as it is quantised, if it folds and its copy serves no other
+    product."""
+    if isinstance(source, torch.dtype) or folded_spec(source) is None or (turned and source == source.T):
         return _quantised(x, source, turned, seed)
     return fold(x, source, seed if source.stochastic else None)
 

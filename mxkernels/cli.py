@@ -30,10 +30,12 @@ from .arguments import (
 )
 from .bench import DTYPES, Bench, Case
 from .bench_products import ProductBench, ProductCase, Source, timings
+from .cli_cache import cache
 from .environment import device_name, driver_version, environment, triton_version
 from .inputs import load_tensor
 from .perf import DEFAULT_SHAPE, DEFAULT_WEIGHT, ROWS, SHAPES, Shape
 from .spec import Block, MXSpec, ScaleRounding
+from .tune import Stamp
 
 _FORM_BY_ENDING = {".json": "json", ".csv": "csv", ".md": "markdown"}
 
@@ -49,6 +51,7 @@ def cli(ctx: click.Context) -> None:
     mxkernels bench --op matmul                 the same of products, beside bf16 and FP8
     mxkernels formats                           every element format and its values
     mxkernels doctor                            versions, GPUs, and what runs how on them
+    mxkernels cache list                        the configs that were tuned here, and those that are shipped
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -377,11 +380,15 @@ def doctor() -> None:
         click.echo(f"{name:<10} {version}")
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
-        click.echo(f"\n{device}: {device_name(device)} ({gpu.architecture(device)})\n")
+        click.echo(f"\n{device}: {device_name(device)} ({gpu.architecture(device)})")
+        click.echo(f"{report.configs_text(Stamp.of(device))}\n")
         click.echo(report.support_table(gpu.device_capabilities(device)))
     if not torch.cuda.is_available():
         click.echo("\nNo GPU: on the CPU everything runs through the reference.\n")
         click.echo(report.support_table(None))
+
+
+cli.add_command(cache)
 
 
 def main() -> None:

@@ -67,12 +67,14 @@ def driver_version() -> str | None:
 
 
 def revision() -> dict[str, Any]:
-    """`commit`, which this package is checked out at, and `dirty`, whether tracked files differ from it; None
-    outside of a checkout. A copy without its history may hold the commit in a file `REVISION` beside it."""
+    """`commit`, which this package is of, and `dirty`, whether tracked files differ from it; None where that cannot
+    be known. A copy without its own history holds the commit in a file `REVISION` beside the package."""
+    said = _PACKAGE.parent / "REVISION"
+    if said.exists():
+        return {"commit": said.read_text("utf-8").strip(), "dirty": None}
     answer = _run("git", "-C", str(_PACKAGE), "rev-parse", "HEAD", "--show-prefix")
     if answer is None or answer[1:] != [f"{_PACKAGE.name}/"]:  # perhaps installed inside another project's
-        said = _PACKAGE.parent / "REVISION"
-        return {"commit": said.read_text("utf-8").strip() if said.exists() else None, "dirty": None}
+        return {"commit": None, "dirty": None}
     status = _run("git", "-C", str(_PACKAGE), "status", "--porcelain", "--untracked-files=no")
     return {"commit": answer[0], "dirty": bool(status)}
 

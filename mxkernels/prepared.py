@@ -70,16 +70,8 @@ class PreparedTensor:
     def restore(self) -> MXTensor:
         """The inverse of `prepare`, save that a block of NaN may have lost its codes."""
         n, k = reversed(self.shape) if self.transposed else self.shape
-        spec = self._stored_spec
-        groups, blocks = self.codes.shape[1], self.scale.shape[3]
-        byte = self.codes.view(-1, groups, BAND, 4, 4, 2, 2)  # … t, u, h, i
-        column = torch.stack([byte & 15, byte >> 4], dim=-1).permute(0, 2, 1, 4, 6, 7, 3, 5)  # … u, i, j, t, h
-        codes = (column[..., 0] | column[..., 1] << 4).reshape(-1, groups * GROUP // 2)
-        scale = self.scale.transpose(1, 2).reshape(-1, groups * blocks)
-        scale = torch.where(scale == _NAN, _NAN, scale - self.added)
-        rows, cols = spec.scale_shape(n, k)
-        codes, scale = codes[:n, : spec.packed_cols(k)], scale[:rows, :cols]
-        stored = MXTensor(codes.contiguous(), scale.contiguous(), None, spec, (n, k))
+        codes, scale = torch.ops.mxkernels.restore(self.codes, self.scale, self.added, n, k)
+        stored = MXTensor.unchecked(codes, scale, None, self._stored_spec, (n, k))
         return stored.T if self.transposed else stored
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -139,3 +131,21 @@ def prepare(q: MXTensor) -> PreparedTensor:
     codes = (code[..., 0] | code[..., 1] << 4).reshape(-1, groups, BAND, GROUP // 2)
     scale = scale.view(-1, BAND, groups, blocks).transpose(1, 2).contiguous()
     return PreparedTensor(codes, scale, added, spec, (q.shape[0], q.shape[1]))
+
+
+def restored(codes: torch.Tensor, scale: torch.Tensor, added: int, n: int, k: int) -> list[torch.Tensor]:
+    """A PreparedTensor's parts to codes and scale in the contract's order, of a matrix `[n, k]`."""
+    groups, blocks = scale.shape[1], scale.shape[3]
+    byte = codes.view(-1, groups, BAND, 4, 4, 2, 2)  # … t, u, h, i
+    column = torch.stack([byte & 15, byte >> 4], dim=-1).permute(0, 2, 1, 4, 6, 7, 3, 5)  # … u, i, j, t, h
+    codes = (column[..., 0] | column[..., 1] << 4).reshape(-1, groups * GROUP // 2)
+    bytes_a_row, blocks_a_row = row_sizes(scale, k)
+    scale = scale.transpose(1, 2).reshape(-1, groups * blocks)
+    scale = torch.where(scale == _NAN, _NAN, scale - added)
+    return [codes[:n, :bytes_a_row].contiguous(), scale[:n, :blocks_a_row].contiguous()]
+
+
+def row_sizes(scale: torch.Tensor, k: int) -> tuple[int, int]:
+    """Bytes of codes and of scales in a row of k columns, of a PreparedTensor with that scale."""
+    cols = GROUP // scale.shape[3]
+    return (k + 1) // 2, (k + cols - 1) // cols

@@ -116,6 +116,22 @@ def matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: t
     return round_to(product if bias is None else product + bias.double(), dtype)
 
 
+def hadamard(matrix: torch.Tensor, size: int, signs: torch.Tensor | None) -> torch.Tensor:
+    """The block Hadamard transform of a matrix's rows, `[R, C]` to `[R, ceil(C/size) * size]`: `mxkernels.ops.hadamard`.
+
+    The order of the sums is part of its definition, since each is rounded to fp32.
+    """
+    x = torch.nn.functional.pad(matrix.float(), (0, -matrix.shape[1] % size))
+    if signs is not None:
+        negated = signs.repeat(x.shape[1] // size) < 0
+        x = torch.where(negated, -x, x)
+    for distance in (1 << stage for stage in range(size.bit_length() - 1)):
+        first, second = x.unflatten(1, (x.shape[1] // (2 * distance), 2, distance)).unbind(2)
+        x = torch.stack([first + second, first - second], dim=2).flatten(1)
+    factor = torch.tensor(size**-0.5, dtype=torch.float32, device=matrix.device)
+    return round_to(x * factor, matrix.dtype)
+
+
 def _quantize_band(x: torch.Tensor, spec: MXSpec, seed: int | None, first_row: int) -> Parts:
     """Codes (unpacked), scales and offsets of a few rows; a block's rows are all here."""
     rows, cols = x.shape

@@ -14,6 +14,7 @@ from tabulate import tabulate
 from .formats import FORMATS
 from .gpu import Capabilities
 from .support import support_matrix
+from .tune import Stamp, left_out, sources
 
 Row = dict[str, Any]
 
@@ -76,6 +77,13 @@ def support_table(capabilities: Capabilities | None) -> str:
             (instructions,) = formats
         table.append([op, *(support.kind for support in by_format.values()), instructions])
     return tabulate(table, ["op", *FORMATS, "instruction"], tablefmt="simple")
+
+
+def configs_text(stamp: Stamp) -> str:
+    """Where the configs of a GPU come from, and which are left out: a line each."""
+    lines = [f"{source.origin}: {len(source.entries)} in {source.path}" for source in sources(stamp) if source.entries]
+    lines += [f"not used: {sentence}" for sentence in left_out(stamp)]
+    return "\n".join(f"configs    {line}" for line in [*lines, "rule: for all other problems"])
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:

@@ -19,7 +19,9 @@ import torch
 import triton
 
 from mxkernels.ops.launch import Launch
-from mxkernels.ops.matmul_hopper_kernel import hopper_matmul_launch, tile_config
+from mxkernels.ops.matmul_hopper_kernel import hopper_matmul_launch
+from mxkernels.ops.matmul_kernel import addend_shape
+from mxkernels.tune import hopper_tile_config
 from mxkernels.tune.aot import compile_launch
 
 META = torch.device("meta")
@@ -41,11 +43,13 @@ class Case:
     pieces: int
     instruction: str
     bias: bool = False
+    addend: bool = False
 
     @property
     def name(self) -> str:
         a, b, out = (str(dtype).removeprefix("torch.") for dtype in (self.a, self.b, self.out))
-        return f"{a} x {b} to {out} {self.cols} x {self.pieces}{' bias' if self.bias else ''}"
+        added = f"{' bias' if self.bias else ''}{' addend' if self.addend else ''}"
+        return f"{a} x {b} to {out} {self.cols} x {self.pieces}{added}"
 
     def launch(self) -> Launch:
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -56,12 +60,13 @@ class Case:
             empty(m, k, dtype=self.a),
             empty(n, k, dtype=self.b),
             k,
-            None if self.a == BF16 else (empty(m, dtype=torch.uint8), empty(n // 4, dtype=torch.uint8)),
+            None if self.a.itemsize > 1 else (empty(m, dtype=torch.uint8), empty(n // 4, dtype=torch.uint8)),
             (1, 4),
             empty(n, dtype=self.out) if self.bias else None,
             empty(m, n, dtype=self.out),
-            tile_config(self.cols, self.pieces, self.a, self.out),
+            hopper_tile_config(self.cols, self.pieces, self.a, self.out),
             processors=132,
+            addend=empty(*addend_shape(m, n), dtype=FP32) if self.addend else None,
         )
 
 
@@ -76,6 +81,13 @@ CASES = (
     Case(BF16, BF16, FP32, 128, 2, "m64n128k16.f32.bf16.bf16"),
     Case(BF16, BF16, FP16, 256, 1, "m64n256k16.f32.bf16.bf16"),
     Case(BF16, BF16, FP32, 64, 1, "m64n64k16.f32.bf16.bf16"),
+    Case(E5M2, E5M2, BF16, 128, 2, "m64n128k32.f32.e5m2.e5m2", addend=True),
+    Case(E4M3, E5M2, FP32, 128, 2, "m64n128k32.f32.e4m3.e5m2", bias=True, addend=True),
+    Case(E5M2, E5M2, FP16, 128, 1, "m64n128k32.f32.e5m2.e5m2", addend=True),
+    Case(E5M2, E4M3, BF16, 64, 1, "m64n64k32.f32.e5m2.e4m3", bias=True, addend=True),
+    Case(FP32, FP32, FP32, 128, 2, "m64n128k8.f32.tf32.tf32"),
+    Case(FP32, FP32, FP32, 128, 1, "m64n128k8.f32.tf32.tf32"),
+    Case(FP32, FP32, FP32, 64, 1, "m64n64k8.f32.tf32.tf32"),
 )
 
 

@@ -10,11 +10,12 @@ from mxkernels.ops.operand import Operand, launchable, operand_a
 from mxkernels.spec import MXSpec
 
 FP32 = torch.float32
+POISON = 0xFF  # NaN in every floating-point format
 
 
 def operand(rows: int, k: int, kind: str, seed: int = 0, spread: int = 2) -> torch.Tensor | mx.MXTensor:
     """A matrix `[rows, k]`: "bfloat16", "float16", or quantised to "e2m1 4x4 rtne even symmetric" …, stored
-    turned if that ends in " T". Rows of 32 differ by powers of two up to 2**`spread` either way."""
+    `[k, rows]` if that ends in " T". Rows of 32 differ by powers of two up to 2**`spread` either way."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, k, generator=generator)
     x *= (
@@ -23,11 +24,26 @@ def operand(rows: int, k: int, kind: str, seed: int = 0, spread: int = 2) -> tor
             :, :k
         ]
     )
+    if kind in ("bfloat16 T", "float16 T"):
+        return x.T.to(getattr(torch, kind[:-2])).contiguous().T
     if kind in ("bfloat16", "float16"):
         return x.to(getattr(torch, kind))
     if kind.endswith(" T"):
         return mx.quantize(x.T.contiguous(), MXSpec.parse(kind[:-2]).T, None if "rtne" in kind else 1).T
     return mx.quantize(x, MXSpec.parse(kind), None if "rtne" in kind else 1)
+
+
+def asymmetric_pairs() -> list[tuple[str, str]]:
+    """Operands of 4 and 6 bits of which one at least has offsets: formats, blocks, orientations."""
+    kinds = (
+        "e2m1 1x32 rtne even symmetric",
+        "e2m1 1x32 rtne even asymmetric",
+        "int4 4x4 rtne ceil asymmetric T",
+        "e3m2 1x128 stochastic even asymmetric",
+        "e2m3 32x1 rtne even asymmetric",
+        "e3m0 16x16 rtne ceil asymmetric",
+    )
+    return [(a, b) for i, a in enumerate(kinds[1:]) for b in kinds[: i + 2]]
 
 
 def decoded(x: torch.Tensor | mx.MXTensor | mx.FoldedTensor) -> torch.Tensor:
@@ -48,6 +64,16 @@ def magnitude(x: torch.Tensor | mx.MXTensor | mx.FoldedTensor) -> torch.Tensor:
     return total.T if x.transposed else total
 
 
+class PoisonedPlan(products.Plan):
+    """One whose buffers hold rubbish until a kernel writes them."""
+
+    def _make(self, shape: tuple[int, ...], dtype: torch.dtype, zero: bool) -> torch.Tensor:
+        made = super()._make(shape, dtype, zero)
+        if not zero:
+            made.view(torch.uint8).fill_(POISON)
+        return made
+
+
 def bound(a, b, path: str, group: int = 512) -> torch.Tensor:
     """The contract's largest error, for a `[M, K]` and b `[N, K]`."""
     k = a.shape[-1]
@@ -66,7 +92,7 @@ def run(
     sides = [operand_a(x) for x in (a, b)]
     parts = [launchable(side.parts, side.kind) for side in sides]
     left, right = (Operand.of_kind(p, side.kind, side.rows) for p, side in zip(parts, sides, strict=True))
-    plan = products.Plan(a.device, [*left.parts, *right.parts, bias])
+    plan = PoisonedPlan(a.device, [*left.parts, *right.parts, bias])
     products.plan_product(plan, left, right, a.shape[-1], bias, dtype, path)
     return plan.finish()[0]
 

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton", reason="kernels need Triton")
 
 import torch
-from operands import bound, check, decoded, operand, run
+from operands import asymmetric_pairs, bound, check, decoded, magnitude, operand, run
 
 import mxkernels as mx
 from mxkernels import gpu
@@ -80,8 +80,26 @@ def test_fp8_path(shape: tuple[int, int, int], kinds: tuple[str, str]) -> None:
     check(mx.fold(a), mx.fold(b), "fp8")
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 7), (200, 328, 1040), (256, 384, 4096), (1000, 24, 8190)], ids=str)
+@pytest.mark.parametrize("kinds", asymmetric_pairs(), ids=" x ".join)
+def test_offsets_on_the_fp8_path(shape: tuple[int, int, int], kinds: tuple[str, str]) -> None:
+    """Of signed data the tensor cores lose so little that no term of the correction can be missing."""
+    m, n, k = shape
+    a, b = here(m, k, kinds[0]), here(n, k, kinds[1], 1)
+    for left, right in ((a, b), (b, a)):
+        error = (run(left, right, "fp8").double() - decoded(left) @ decoded(right).T).abs()
+        assert (error <= 1e-4 * (magnitude(left) @ magnitude(right).T)).all()
+
+
+def test_offsets_beyond_the_window_take_the_wide_path() -> None:
+    a, b = (here(300, 1024, "e2m1 1x32 rtne even asymmetric", seed) for seed in range(2))
+    for scale in (torch.tensor([200, 100], device=CUDA), torch.tensor([0, 130], device=CUDA)):
+        a.scale[3, 1:3] = scale
+        assert torch.equal(mx.matmul(a, b.T, out_dtype=torch.float32), run(a, b, "wide"))
+
+
 WIDE = (
-    "bfloat16", "float16",
+    "bfloat16", "float16", "bfloat16 T", "float16 T",
     "e2m1 1x32 rtne even symmetric", "e3m0 4x4 rtne ceil symmetric", "int4 32x1 rtne ceil asymmetric T",
     "e2m3 1x16 stochastic even symmetric", "e3m2 128x128 rtne even symmetric", "e4m3 1x32 rtne rceil asymmetric",
     "e5m2 1x128 rtne rceil symmetric", "int8 4x4 rtne floor symmetric T", "e4m3 1x32 rtne rceil symmetric",
@@ -95,6 +113,8 @@ def test_wide_path(kind: str, shape: tuple[int, int, int]) -> None:
     m, n, k = shape
     check(here(m, k, kind), here(n, k, "e2m1 1x32 rtne even symmetric", 1), "wide")
     check(here(m, k, "bfloat16"), here(n, k, kind, 1), "wide")
+    if kind.endswith("16 T"):
+        check(here(m, k, kind), here(n, k, kind, 1), "wide")
 
 
 @pytest.mark.parametrize("element", FORMATS)
@@ -273,3 +293,6 @@ def test_insisting_on_a_path() -> None:
     if gpu.device_capabilities(torch.device("cuda:0")).fp8_mma:
         q = mx.quantize(torch.randn(256, 512, device=CUDA), mx.mxfp4)
         assert mx.explain(q, w.T).path == "fp8"
+        offset = mx.quantize(torch.randn(256, 512, device=CUDA), MXSpec("e2m1", symmetric=False))
+        assert "offsets in a product of tf32 numbers over 16 sums" in str(mx.explain(offset, w.T))
+        assert "over 48 sums" in str(mx.explain(offset, offset.T))

@@ -26,8 +26,15 @@ ALLOWED: dict[str, set[str]] = {
     "reference": {"formats", "spec", "tensor", "folded"},
     "files": {"formats", "spec", "tensor"},
     "ops.primitives": {"formats", "triton"},
-    "ops": {"formats", "spec", "tensor", "folded", "prepared", "swizzle", "reference", "gpu", "tune", "ops", "triton"},
-    "tune": {"formats", "spec", "gpu", "tune", "triton"},
+    "recipes": {"spec"},
+    "modules": set(),
+    "ops": {
+        *("formats", "spec", "tensor", "folded", "prepared", "swizzle", "recipes"),
+        *("reference", "gpu", "tune", "ops", "triton"),
+    },
+    "nn": {"modules", "ops", "packed", "recipes"},
+    "packed": {"modules", "ops", "prepared", "spec", "tensor", "nn"},
+    "tune": {"formats", "spec", "prepared", "gpu", "tune", "triton"},
 }
 
 
@@ -128,6 +135,6 @@ import sys, torch
 before = set(sys.modules)
 import mxkernels
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(sorted(new & {"triton", "click", "tabulate", "matplotlib"}), torch.cuda.is_initialized())
+print(sorted(new & {"triton", "click", "tabulate", "matplotlib", "platformdirs", "filelock"}), torch.cuda.is_initialized())
 """
     assert run(code) == "[] False"

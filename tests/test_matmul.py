@@ -9,13 +9,14 @@ import pytest
 pytest.importorskip("triton", reason="kernels need Triton")
 
 import torch
-from operands import check, decoded, operand, run
+from operands import PoisonedPlan, check, decoded, operand, run
 
 import mxkernels as mx
 from mxkernels.folded import folded_spec, window
 from mxkernels.formats import FORMATS
 from mxkernels.ops import products
-from mxkernels.ops.operand import Operand, launchable, operand_a
+from mxkernels.ops.operand import Operand, launchable, operand_a, operand_b
+from mxkernels.ops.paths import decodes_apart, streams
 from mxkernels.spec import MXSpec
 
 pytestmark = [
@@ -30,7 +31,7 @@ BLOCKS = ("1x32", "32x1", "4x4", "1x16", "16x16")
 def kernel_fold(q: mx.MXTensor) -> mx.FoldedTensor:
     whole = operand_a(q)
     part = Operand.of_kind(launchable(whole.parts, whole.kind), whole.kind, whole.rows)
-    plan = products.Plan(q.device, part.parts)
+    plan = PoisonedPlan(q.device, part.parts)
     products.plan_fold(plan, part, q.shape[-1])
     codes, scale, reference, outside, *_ = plan.finish()
     values = mx.MXTensor(codes.view(torch.uint8)[:, : q.shape[-1]], scale, None, mx.fold(q).values.spec, q.shape)
@@ -55,7 +56,7 @@ def test_fold_equals_the_reference(element: str, block: str, turned: str) -> Non
 
 
 def kernel_quantize_fold(x: torch.Tensor, spec: MXSpec, seed: torch.Tensor | None) -> mx.FoldedTensor:
-    plan = products.Plan(x.device, [x, seed])
+    plan = PoisonedPlan(x.device, [x, seed])
     products.plan_quantize_fold(plan, x, spec, seed)
     codes, scale, reference, outside, *_ = plan.finish()
     values = mx.MXTensor(codes.view(torch.uint8)[:, : x.shape[1]], scale, None, folded_spec(spec), x.shape)
@@ -122,7 +123,7 @@ def test_fp8_path_of_every_pair(pair: tuple[str, str]) -> None:
 
 
 WIDE = (
-    "bfloat16", "float16",
+    "bfloat16", "float16", "bfloat16 T", "float16 T",
     "e2m1 1x32 rtne even symmetric", "e3m0 4x4 rtne ceil symmetric", "int4 32x1 rtne ceil asymmetric T",
     "e2m3 1x16 stochastic even symmetric", "e3m2 128x128 rtne even symmetric", "e4m3 1x32 rtne rceil asymmetric",
     "e5m2 1x128 rtne rceil symmetric", "int8 4x4 rtne floor symmetric T",
@@ -134,6 +135,26 @@ def test_wide_path(kind: str) -> None:
     other = operand(50, 130, "e2m1 1x32 rtne even symmetric", 1)
     check(operand(20, 130, kind), other, "wide")
     check(other, operand(20, 130, kind), "wide")
+
+
+@pytest.mark.parametrize("kind", ["bfloat16 T", "float16 T"])
+def test_plain_operands_that_lie_turned(kind: str) -> None:
+    """Rows of whole 16 bytes or not; both sides, one, and a matrix that is part of another."""
+    for rows in (24, 21):
+        x, y = operand(rows, 130, kind), operand(50, 130, kind, 1)
+        for a, b in ((x, y), (x, operand(50, 130, kind[:-2], 1)), (x[:, 3:90], y[:, 3:90]), (x[5:], y)):
+            check(a, b, "wide")
+
+
+def test_bf16_that_lies_turned_is_loaded_as_it_lies() -> None:
+    """Its rows of 16 bytes are what the tensor cores' loads need; else the kernel that takes anything serves."""
+    weights = operand_b(torch.zeros(512, 256, dtype=torch.bfloat16))
+    assert (weights.turned, weights.kind, weights.rows) == (True, "plain turned", 256)
+    assert decodes_apart(weights, 512)
+    assert not decodes_apart(operand_b(torch.zeros(512, 250, dtype=torch.bfloat16)), 512)
+    assert not decodes_apart(operand_b(torch.zeros(512, 256, dtype=torch.float16)), 512)
+    assert operand_b(torch.zeros(256, 512, dtype=torch.bfloat16).T).kind == "plain"
+    assert not streams(operand_a(torch.zeros(512, 8, dtype=torch.bfloat16).T))
 
 
 def test_wide_path_of_two_asymmetric() -> None:

@@ -18,13 +18,9 @@ from ahead_of_time_hopper import BF16, CASES, E4M3, E5M2, FP16, FP32, Case
 
 from mxkernels import gpu
 from mxkernels.ops.launch import Recording
-from mxkernels.ops.matmul_hopper_kernel import (
-    HopperConfig,
-    hopper_config,
-    hopper_matmul_launch,
-    hopper_serves,
-    tile_config,
-)
+from mxkernels.ops.matmul_hopper_kernel import hopper_matmul_launch, hopper_serves
+from mxkernels.ops.matmul_kernel import addend_shape
+from mxkernels.tune import HopperConfig, hopper_config, hopper_tile_config
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.device("cuda")
@@ -96,7 +92,7 @@ def test_tiles_leave_little_of_the_gpu_idle(m: int, n: int, width: int) -> None:
 @pytest.mark.parametrize("out_dtype", [BF16, FP32], ids=str)
 def test_a_promotion_group_fits_the_stages(carrier: torch.dtype, out_dtype: torch.dtype) -> None:
     for cols, pieces in ((128, 2), (128, 1), (64, 1)):
-        config = tile_config(cols, pieces, carrier, out_dtype)
+        config = hopper_tile_config(cols, pieces, carrier, out_dtype)
         assert 2 <= max(config.promote, 2) <= config.stages
         assert config.promote * 128 <= 512
 
@@ -124,9 +120,9 @@ def reference(size: int, low: int, high: int) -> torch.Tensor:
 
 def multiply(
     a: torch.Tensor, b: torch.Tensor, k: int, references: tuple[torch.Tensor, torch.Tensor] | None, rows: int,
-    bias: torch.Tensor | None, out: torch.Tensor, config: HopperConfig,
+    bias: torch.Tensor | None, out: torch.Tensor, config: HopperConfig, addend: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    hopper_matmul_launch(a, b, k, references, (rows, rows), bias, out, config).run(CUDA)
+    hopper_matmul_launch(a, b, k, references, (rows, rows), bias, out, config, addend=addend).run(CUDA)
     return out
 
 
@@ -135,13 +131,13 @@ def multiply(
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_products(case: Case) -> None:
     torch.manual_seed(0)
-    config = tile_config(case.cols, case.pieces, case.a, case.out)
+    config = hopper_tile_config(case.cols, case.pieces, case.a, case.out)
     for m, n, k in SHAPES:
         rows = 4 if case.bias else 1
         a, b = carrier(m, k, case.a), carrier(n, k, case.b)
         x, y = a[:, :k].double(), b[:, :k].double()
         references = None
-        if case.a != BF16:
+        if case.a.itemsize == 1:
             references = reference(-(-m // rows), 120, 128), reference(-(-n // rows), 120, 128)
             x *= 2.0 ** (references[0].double().repeat_interleave(rows)[:m, None] - 127)
             y *= 2.0 ** (references[1].double().repeat_interleave(rows)[:n, None] - 127)
@@ -149,16 +145,21 @@ def test_products(case: Case) -> None:
         expected, magnitude = x @ y.T, x.abs() @ y.abs().T
         if bias is not None:
             expected, magnitude = expected + bias.double(), magnitude + bias.double().abs()
+        addend = None
+        if case.addend:
+            addend = torch.full(addend_shape(m, n), torch.nan, device=CUDA)
+            addend[:m, :n] = torch.randn(m, n, device=CUDA)
+            expected, magnitude = expected + addend[:m, :n].double(), magnitude + addend[:m, :n].double().abs()
 
         wider = torch.full((m, n + 8), 7, dtype=case.out, device=CUDA)
-        out = multiply(a, b, k, references, rows, bias, wider[:, :n], config)
+        out = multiply(a, b, k, references, rows, bias, wider[:, :n], config, addend)
         assert bool((wider[:, n:] == 7).all()), "written beyond the output"
         # Of FP8 the contract allows more; this is what signed data lose.
         allowed = magnitude * (1e-4 if references else k * 2.0**-24)
         allowed += expected.abs() * torch.finfo(case.out).eps / 2 + 2.0**-24
         assert bool(((out.double() - expected).abs() <= allowed).all()), (m, n, k)
         for _ in range(5):
-            again = multiply(a, b, k, references, rows, bias, torch.empty_like(wider)[:, :n], config)
+            again = multiply(a, b, k, references, rows, bias, torch.empty_like(wider)[:, :n], config, addend)
             assert torch.equal(again, out), "two runs differ"
 
 
@@ -174,7 +175,7 @@ def test_small_integers_are_exact_and_exponents_are_added_before_they_are_applie
     for low, high in ((254, 0), (0, 254), (127, 127), (254, 1)):
         references = reference(m, low, low), reference(n, high, high)
         out = torch.empty((m, n), dtype=BF16, device=CUDA)
-        multiply(a, b, k, references, 1, None, out, tile_config(*tile, E5M2, BF16))
+        multiply(a, b, k, references, 1, None, out, hopper_tile_config(*tile, E5M2, BF16))
         assert torch.equal(out.double(), expected * 2.0 ** (low + high - 254))
 
 

@@ -33,6 +33,8 @@ def test_plain_sides_bias_and_a_vector() -> None:
         mx.matmul(X, W.T, bias=bias, out_dtype=torch.float32), (X.double() @ w.T.double() + bias).float()
     )
     assert torch.equal(mx.matmul(W, X[0].T, out_dtype=torch.float32), exact(w, X[0].T))
+    assert torch.equal(mx.matmul(W.T, X[0, :, :48].T.contiguous(), out_dtype=torch.float32), exact(w.T, X[0, :, :48].T))
+    assert torch.equal(mx.matmul(X[0, :, :48].T, X[0], out_dtype=torch.float32), exact(X[0, :, :48].T, X[0]))
     assert mx.matmul(X[0, 0], W.T).shape == (48,)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import gpu, reference
+from .. import gpu, reference, tune
 from ..folded import FoldedTensor, folded_spec, window
 from ..prepared import PreparedTensor
 from ..spec import MXSpec
@@ -32,7 +32,7 @@ from .operand import (
 )
 from .paths import PATHS, Explanation, choose, explanation, refusal, streams
 
-__all__ = ["dequantize", "explain", "fold", "matmul", "quantize", "quantize_pair"]
+__all__ = ["dequantize", "explain", "fold", "hadamard", "linear", "matmul", "quantize", "quantize_pair"]
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -189,7 +189,7 @@ def matmul(
     if path != "auto":
         _insist(path, left, right, k, a.device)
     bias = None if bias is None else _plain(bias)
-    eager = all(_is_eager(x) for x in (*left.parts, *right.parts, *([] if bias is None else [bias])))
+    eager = _is_eager(*left.parts, *right.parts, *([] if bias is None else [bias]))
     op = _matmul_cuda if eager else torch.ops.mxkernels.matmul.default
     return op(left.parts, left.kind, leading, right.parts, right.kind, n, k, bias, out_dtype, path)
 
@@ -241,13 +241,13 @@ def _check_input(x: torch.Tensor, spec: MXSpec) -> None:
         raise TypeError(f"spec is a {type(spec).__name__}; allowed: MXSpec, such as mxkernels.mxfp4")
 
 
-def _is_eager(x: torch.Tensor) -> bool:
-    """Whether nothing but the kernel would come of dispatching an op on `x`, which takes longer than launching it."""
+def _is_eager(*tensors: torch.Tensor) -> bool:
+    """Whether nothing but the kernel would come of dispatching an op on `tensors`, which takes longer than launching
+    it."""
     return (
         not torch.compiler.is_compiling()
-        and x.is_cuda
-        and type(x) is torch.Tensor
         and torch._C._len_torch_dispatch_stack() == 0
+        and all(x.is_cuda and type(x) is torch.Tensor for x in tensors)
     )
 
 
@@ -538,6 +538,10 @@ _relaunches: dict[tuple[Any, ...], tuple[Any, list[tuple[torch.Size, torch.dtype
 _MOST_RELAUNCHES = 4096
 
 
+tune.on_change(_plans.clear)
+tune.on_change(_relaunches.clear)
+
+
 def _remember(key: tuple[Any, ...], relaunch: Any, outputs: list[tuple[torch.Size, torch.dtype]]) -> None:
     if len(_relaunches) >= _MOST_RELAUNCHES:
         _relaunches.clear()
@@ -555,3 +559,8 @@ for _name, _fake, _cpu, _cuda in (
     _library.impl(_name, _cpu, "CPU")
     _library.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"mxkernels::{_name}", _fake, lib=_library)
+
+# What follows is composed of the ops above.
+from . import restoration  # noqa: E402, F401
+from .linear_function import linear  # noqa: E402
+from .transform import hadamard  # noqa: E402

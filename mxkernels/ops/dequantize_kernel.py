@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .. import gpu
 from ..spec import MXSpec
-from ..tune import CastConfig, dequantize_config
+from ..tune import CastConfig, Problem, dequantize_config, find_config
 from .launch import Launch, Layout
 from .primitives import NAN_BYTE, below_bf16, ceil_div, decode_words, from_fp32, scale_value, spread
 from .tiles import block_index, block_inside, load_words
@@ -77,7 +77,9 @@ def dequantize_launch(
     """The launch that decodes into the matrix `out`, all contiguous; int32 `lost` `[1]` is set to 1 if bf16
     lacks bits that were decoded."""
     rows, cols = out.shape
-    config = config or dequantize_config(spec, rows, cols)
+    if config is None:
+        problem = Problem.of("dequantize", spec, out.dtype, "rows", rows, cols)
+        config = find_config(problem, out.device, lambda: dequantize_config(spec, rows, cols)).config
     return Launch(
         dequantize_kernel,
         triton.cdiv(rows, config.tile_rows) * triton.cdiv(cols, config.tile_cols),

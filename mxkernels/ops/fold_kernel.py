@@ -9,7 +9,7 @@ import triton.language as tl
 from .. import gpu
 from ..folded import Window
 from ..spec import MXSpec
-from ..tune import CastConfig, fold_config
+from ..tune import CastConfig, Problem, find_config, fold_config
 from .launch import Launch, Layout
 from .primitives import (
     NAN_BYTE,
@@ -38,10 +38,12 @@ NAN_CODE = tl.constexpr(0x7F)  # of both FP8 formats; what the hardware gives fo
 
 @triton.jit
 def reference_kernel(
-    scale_ptr, reference_ptr, lines, length, line_stride, stride, span, TOP: tl.constexpr, CONFIG: tl.constexpr
-):
+    scale_ptr, reference_ptr, outside_ptr, lines, length, line_stride, stride, span,
+    TOP: tl.constexpr, CONFIG: tl.constexpr,
+):  # fmt: skip
     """The reference byte of each line of scales: of its largest that is no NaN, put at the top of the window.
-    A line is worked on in spans; `reference_ptr` has those of all lines for the first span, then the second …"""
+    A line is worked on in spans; `reference_ptr` has those of all lines for the first span, then the second …
+    `outside_ptr`, if not None, is cleared, for the kernel that folds with the references."""
     LINES: tl.constexpr = CONFIG.tile_rows
     LENGTH: tl.constexpr = CONFIG.tile_cols
     line_tiles = ceil_div(lines, LINES)
@@ -55,6 +57,9 @@ def reference_kernel(
         largest = tl.maximum(largest, tl.where(byte == NAN_BYTE, 0, byte.to(tl.int32)))
     reference = tl.maximum(tl.max(largest, axis=1, keep_dims=True) - TOP, 0)
     tl.store(reference_ptr + part * lines + line, reference.to(tl.uint8), mask=line < lines)
+    if outside_ptr is not None:
+        if tl.program_id(0) == 0:
+            tl.store(outside_ptr, 0)
 
 
 @triton.jit
@@ -187,16 +192,23 @@ def quantize_fold_kernel(
     store_words(folded, folded_ptr, tile_row, 0, rows, folded_stride, COLS // 4, LAYOUT)
 
 
-def reference_launch(scale: torch.Tensor, reference: torch.Tensor, top: int, turned: bool, spans: int = 1) -> Launch:
+def reference_launch(
+    scale: torch.Tensor,
+    reference: torch.Tensor,
+    top: int,
+    turned: bool,
+    spans: int = 1,
+    outside: torch.Tensor | None = None,
+) -> Launch:
     """The launch that writes the reference `[lines]` of each row of `scale`, or of each column if `turned`; or
-    those of `spans` parts of it, `[spans, lines]`, of which another such launch makes one."""
+    those of `spans` parts of it, `[spans, lines]`, of which another such launch makes one. It clears `outside`."""
     lines, length = scale.shape[::-1] if turned else scale.shape
     line_stride, stride = scale.stride()[::-1] if turned else scale.stride()
     config = CastConfig(64, 16, 4) if turned else CastConfig(4, 128, 4)
     return Launch(
         reference_kernel,
         triton.cdiv(lines, config.tile_rows) * spans,
-        {"scale_ptr": scale, "reference_ptr": reference},
+        {"scale_ptr": scale, "reference_ptr": reference, "outside_ptr": outside},
         {
             "lines": lines,
             "length": length,
@@ -276,7 +288,9 @@ def fold_launch(
     """The launch that folds a matrix of `cols` columns, codes `[R, P]`, into `folded`: FP8 codes `[R, C]`, or
     `[C, R]` if `turned`, with rows of whole 16 bytes."""
     rows, row_bytes = codes.shape
-    config = config or fold_config(spec, rows, cols, turned)
+    if config is None:
+        problem = Problem.of("fold", spec, folded.dtype, "turned" if turned else "straight", rows, cols)
+        config = find_config(problem, codes.device, lambda: fold_config(spec, rows, cols, turned)).config
     return Launch(
         fold_kernel,
         triton.cdiv(rows, config.tile_rows) * triton.cdiv(cols, config.tile_cols),

@@ -6,8 +6,6 @@ Written in Gluon: plain Triton has no way to multiply half a tile at a time, and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 from triton.experimental import gluon
@@ -21,8 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..tune import HopperConfig, hopper_config
 from .launch import Launch
-from .matmul_kernel import grouped_tile
+from .matmul_kernel import ADDEND_TILE, grouped_tile
 from .primitives import ceil_div
 
 # Triton 3.9 knows only these names, 3.7 only the others.
@@ -37,39 +36,15 @@ LOADER_REGISTERS = gl.constexpr(24)
 EXPONENT = gl.constexpr(0x7F800000)  # of fp32 bits
 
 
-@dataclass(frozen=True)
-class HopperConfig:
-    """How programs work on tiles of 128 rows and `cols * pieces` columns.
-
-    Attributes:
-        cols: columns of one piece, and of a tensor-core instruction.
-        pieces: pieces side by side in a tile.
-        stages: blocks of K in shared memory.
-        promote: blocks of K between promotions, at most `stages`; 0: sums are fp32 as they come.
-        group_m: rows of tiles that go together, column by column, so that what neighbours in time read stays
-            in the L2 cache.
-    """
-
-    cols: int
-    pieces: int
-    stages: int
-    promote: int = 0
-    group_m: int = 16
-
-    def __str__(self) -> str:
-        promote = f", promoted to fp32 every {self.promote * BLOCK_BYTES} of K" if self.promote else ""
-        pieces = f" in {self.pieces} pieces" if self.pieces > 1 else ""
-        return f"persistent, tiles 128x{self.cols * self.pieces}{pieces}, {self.stages} stages{promote}"
-
-
 @gluon.jit(do_not_specialize=["M", "N", "K"])
 def matmul_hopper_kernel(
-    a_desc, b_desc, out_desc, a_reference_ptr, b_reference_ptr, bias_ptr, M, N, K,
+    a_desc, b_desc, out_desc, a_reference_ptr, b_reference_ptr, addend_ptr, bias_ptr, M, N, K,
     A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, CONFIG: gl.constexpr,
 ):  # fmt: skip
     """`out[M, N] = A[M, K] B[N, K]^T`: every program works on tile after tile, one warp loading, two warpgroups
     multiplying. References, both None or a byte for each A_ROWS rows of A (B_ROWS of B), are powers of two to
-    multiply them by; `bias_ptr` is None or N values."""
+    multiply them by; `addend_ptr` is None or a sum's other half (`addend_shape`), `bias_ptr` None or
+    N values."""
     STAGES: gl.constexpr = CONFIG.stages
     PIECES: gl.constexpr = CONFIG.pieces
     TILE_N: gl.constexpr = CONFIG.pieces * CONFIG.cols
@@ -93,7 +68,7 @@ def matmul_hopper_kernel(
     fence_async_shared()
 
     shared = (a_tiles, b_tiles, loaded, freed, turn)
-    epilogue = (out_desc, out_tiles, a_reference_ptr, b_reference_ptr, bias_ptr)
+    epilogue = (out_desc, out_tiles, a_reference_ptr, b_reference_ptr, addend_ptr, bias_ptr)
     gl.warp_specialize(
         [
             (consume, (shared, grid, epilogue, 0, A_ROWS, B_ROWS, CONFIG)),
@@ -231,11 +206,11 @@ def wait_for(sums, OUTSTANDING: gl.constexpr):
 def finish(
     acc, row0, col0, grid, epilogue, CONSUMER: gl.constexpr, A_ROWS: gl.constexpr, B_ROWS: gl.constexpr
 ):  # fmt: skip
-    """Give a piece its powers of two, its bias and its dtype, and send it off."""
+    """Give a piece its powers of two, what is added to it and its dtype, and send it off."""
     MMA: gl.constexpr = acc.type.layout
     ACROSS: gl.constexpr = gl.SliceLayout(0, MMA)
     M, N, _, _, _ = grid
-    out_desc, out_tiles, a_reference_ptr, b_reference_ptr, bias_ptr = epilogue
+    out_desc, out_tiles, a_reference_ptr, b_reference_ptr, addend_ptr, bias_ptr = epilogue
     row = row0 + gl.arange(0, acc.shape[0], gl.SliceLayout(1, MMA))
     # a column a thread: the accumulators' layout would have every thread load a quarter of the columns
     col = col0 + gl.arange(0, acc.shape[1], gl.BlockedLayout([1], [32], [4], [0]))
@@ -247,6 +222,12 @@ def finish(
         twice = down[:, None] + gl.convert_layout(across, ACROSS)[None, :]
         acc *= (twice & EXPONENT).to(gl.float32, bitcast=True)
         acc *= (twice + (1 << 22) & EXPONENT).to(gl.float32, bitcast=True)
+    if addend_ptr is not None:
+        down = gl.arange(0, acc.shape[0], gl.SliceLayout(1, MMA))
+        along = gl.arange(0, acc.shape[1], ACROSS)
+        width = ceil_div(N, ADDEND_TILE) * ADDEND_TILE
+        start = addend_ptr + (row0.to(gl.int64) * width + col0)
+        acc += gl.load(start + (down[:, None] * width + along[None, :]))  # no mask: there are no registers for it
     if bias_ptr is not None:
         bias = gl.load(bias_ptr + col, mask=col < N, other=0.0).to(gl.float32)
         acc += gl.convert_layout(bias, ACROSS)[None, :]
@@ -257,36 +238,9 @@ def finish(
     store_tile(out_desc, [row0, col0], out_tile)
 
 
-# Columns of a piece, pieces of a tile, and the time that a tile takes, relative to half of the largest one's;
-# that of the smallest is reckoned, not measured.
-_TILES = ((128, 2, 2.0), (128, 1, 1.05), (64, 1, 0.65))
-_SHARED_BYTES = 232448 - 2048  # of a program, less what barriers and changes of layout take
-
-
 def hopper_serves(m: int, n: int, k: int, out_dtype: torch.dtype) -> bool:
     """Whether the kernel takes a product of these sizes: rows of the output must be whole 16 bytes."""
     return min(m, n, k) > 0 and n * out_dtype.itemsize % 16 == 0
-
-
-def hopper_config(m: int, n: int, carrier: torch.dtype, out_dtype: torch.dtype, processors: int) -> HopperConfig:
-    """For an output `[m, n]` of FP8 or bf16 carriers: the tiles that leave the least of the GPU idle."""
-
-    def time(tile: tuple[int, int, float]) -> float:
-        cols, pieces, cost = tile
-        return cost * triton.cdiv(triton.cdiv(m, 128) * triton.cdiv(n, cols * pieces), processors)
-
-    cols, pieces, _ = min(_TILES, key=time)
-    if pieces == 2 and carrier.itemsize == out_dtype.itemsize == 2:
-        cols, pieces = 256, 1  # nothing to promote, and room for the output beside three stages
-    return tile_config(cols, pieces, carrier, out_dtype)
-
-
-def tile_config(cols: int, pieces: int, carrier: torch.dtype, out_dtype: torch.dtype) -> HopperConfig:
-    """As many stages as fit beside the output. Promotion comes every 512 of K; with two pieces, for which a
-    group has to wait in shared memory, every 256."""
-    out_bytes = 128 * cols * out_dtype.itemsize
-    stages = (_SHARED_BYTES - out_bytes) // ((128 + cols * pieces) * BLOCK_BYTES)
-    return HopperConfig(cols, pieces, stages, promote=4 // pieces if carrier.itemsize == 1 else 0)
 
 
 def hopper_matmul_launch(
@@ -299,9 +253,10 @@ def hopper_matmul_launch(
     out: torch.Tensor,
     config: HopperConfig | None = None,
     processors: int | None = None,
+    addend: torch.Tensor | None = None,
 ) -> Launch:
     """The launch that writes `out` `[M, N]` from carriers a `[M, K or more]` and b `[N, K or more]`, if
-    `hopper_serves` it; a program for each of the GPU's `processors`."""
+    `hopper_serves` it; a program for each of the GPU's `processors`. Carriers of fp32 are tf32 numbers."""
     m, n = out.shape
     processors = processors or torch.cuda.get_device_properties(out.device).multi_processor_count
     config = config or hopper_config(m, n, a.dtype, out.dtype, processors)
@@ -316,6 +271,7 @@ def hopper_matmul_launch(
             "out_desc": _descriptor(out, n, ROWS.value, config.cols),
             "a_reference_ptr": a_reference,
             "b_reference_ptr": b_reference,
+            "addend_ptr": addend,
             "bias_ptr": bias,
         },
         {

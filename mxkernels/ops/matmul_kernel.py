@@ -1,4 +1,4 @@
-"""The product of carriers: FP8 rows with a power of two each, or bf16 rows, both along the reduction."""
+"""The product of carriers: FP8 rows with a power of two each, bf16 or tf32 rows, both along the reduction."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from ..tune import MatmulConfig
 from .launch import Launch
 from .primitives import ceil_div, from_fp32, scale_value, to_fp32
 
+ADDEND_TILE = tl.constexpr(256)  # a multiple of every config's tile, so that an addend is loaded without a mask
+
 
 @triton.jit
 def matmul_kernel(
-    a_desc, b_desc, a_reference_ptr, b_reference_ptr, bias_ptr, out_ptr, M, N, K,
+    a_desc, b_desc, a_reference_ptr, b_reference_ptr, addend_ptr, bias_ptr, out_ptr, M, N, K,
     A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr,
     CONFIG: tl.constexpr, GPU: tl.constexpr,
 ):  # fmt: skip
     """`out[M, N] = A[M, K] B[N, K]^T`, a tile a program. References, None or a byte for each A_ROWS rows of A
-    (B_ROWS of B), are powers of two to multiply them by; `bias_ptr` is None or N values. An operand that is
-    TURNED is stored `[K, rows]`."""
+    (B_ROWS of B), are powers of two to multiply them by; `addend_ptr` is None or a sum's other half (`addend_shape`),
+    `bias_ptr` None or N values. An operand that is TURNED is stored `[K, rows]`."""
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_N: tl.constexpr = CONFIG.block_n
     BLOCK_K: tl.constexpr = CONFIG.block_k
@@ -47,6 +49,11 @@ def matmul_kernel(
         a_reference = tl.load(a_reference_ptr + row // A_ROWS, mask=row < M, other=127).to(tl.int32)
         b_reference = tl.load(b_reference_ptr + col // B_ROWS, mask=col < N, other=127).to(tl.int32)
         total = times_power_of_two(total, a_reference[:, None] + b_reference[None, :] - 254)
+    if addend_ptr is not None:
+        row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+        col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        width = ceil_div(N, ADDEND_TILE) * ADDEND_TILE
+        total += tl.load(addend_ptr + row.to(tl.int64) * width + col)
     store_product(total, tile_m, tile_n, bias_ptr, out_ptr, M, N, GPU)
 
 
@@ -87,6 +94,12 @@ def store_product(total, tile_m, tile_n, bias_ptr, out_ptr, M, N, GPU: tl.conste
     tl.store(out_ptr + row.to(tl.int64) * N + col, out, mask=(row < M) & (col < N))
 
 
+def addend_shape(m: int, n: int) -> tuple[int, int]:
+    """Of the fp32 matrix that is added to a product `[m, n]`, contiguous: whole tiles, anything beyond the product."""
+    tile = ADDEND_TILE.value
+    return triton.cdiv(m, tile) * tile, triton.cdiv(n, tile) * tile
+
+
 def carrier_descriptor(carrier: torch.Tensor, k: int, rows: int, cols: int, turned: bool = False) -> TensorDescriptor:
     """For loads of `rows` x `cols` of a carrier, with `k` columns, or `[k, rows]` if `turned`, whose rows are
     contiguous, each at whole 16 bytes."""
@@ -104,10 +117,11 @@ def matmul_launch(
     out: torch.Tensor,
     config: MatmulConfig,
     turned: tuple[bool, bool] = (False, False),
+    addend: torch.Tensor | None = None,
     capabilities: gpu.Capabilities | None = None,
 ) -> Launch:
     """The launch that writes `out` `[M, N]` from carriers a `[M, K or more]` and b `[N, K or more]`, or their
-    transposes if `turned`."""
+    transposes if `turned`. Carriers of fp32 are tf32 numbers, of 11 bits."""
     m, n = out.shape
     a_reference, b_reference = references or (None, None)
     return Launch(
@@ -118,6 +132,7 @@ def matmul_launch(
             "b_desc": carrier_descriptor(b, k, config.block_n, config.block_k, turned[1]),
             "a_reference_ptr": a_reference,
             "b_reference_ptr": b_reference,
+            "addend_ptr": addend,
             "bias_ptr": bias,
             "out_ptr": out,
         },

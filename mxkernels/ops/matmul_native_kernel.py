@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import gpu
 from ..formats import ElementFormat
-from ..tune import MatmulConfig
+from ..tune import MatmulConfig, Problem, find_config
 from .launch import Launch
 from .matmul_kernel import grouped_tile, store_product
 from .native_operand import NativeOperand, torch_dtype
@@ -132,7 +134,11 @@ def matmul_native_launch(
     if config is None or processors is None:
         device = torch.cuda.get_device_properties(out.device)
         shared_bytes = getattr(device, "shared_memory_per_block_optin", 0)  # lacking on ROCm, which does not ask
-        config = config or native_config(a.element, b.element, a.swizzled, shared_bytes)
+        if config is None:
+            layout = "swizzled" if a.swizzled else "plain"
+            problem = Problem.of("native", f"{a.element.name} * {b.element.name}", out.dtype, layout, *out.shape, a.k)
+            rule = partial(native_config, a.element, b.element, a.swizzled, shared_bytes)
+            config = find_config(problem, out.device, rule).config
         processors = processors or device.multi_processor_count
     tiles = triton.cdiv(a.rows, config.block_m) * triton.cdiv(b.rows, config.block_n)
     a_codes, a_scale = _arguments(a, config.block_m, config.block_k)

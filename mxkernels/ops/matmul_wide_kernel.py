@@ -35,7 +35,7 @@ class OperandLayout:
 
     Attributes:
         spec: that of the matrix as stored; None for a plain one.
-        turned: what is stored is `[K, rows]`.
+        turned: what is stored is `[K, rows]`; of a plain one its strides say so.
         parts: how many bf16 numbers an element may take: 1; 2 for fp16; 3 for what has an offset.
         bytes: what its packed rows' bytes and address share.
     """
@@ -48,8 +48,8 @@ class OperandLayout:
 
 @dataclass(frozen=True)
 class WideOperand:
-    """One side of a product: a plain matrix `[rows, K]` as `codes`, or a packed one with its `spec` and parts,
-    which is `[K, rows]` if `turned`."""
+    """One side of a product: a plain matrix `[rows, K]` as `codes`, or a packed one with its `spec` and parts;
+    what is stored is `[K, rows]` if `turned`."""
 
     codes: torch.Tensor
     scale: torch.Tensor | None = None
@@ -62,6 +62,12 @@ class WideOperand:
             return OperandLayout(None, False, 2 if self.codes.dtype == torch.float16 else 1, Layout(1, False))
         bits = self.codes.stride(0) | self.codes.data_ptr() | 4
         return OperandLayout(self.spec, self.turned, 1 if self.spec.symmetric else 3, Layout(bits & -bits, False))
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of a plain matrix, from row to row and along a row, however it is stored; of a packed one, as stored."""
+        strides = self.codes.stride()
+        return strides[::-1] if self.spec is None and self.turned else strides
 
 
 @triton.jit
@@ -243,10 +249,10 @@ def matmul_wide_launch(
             "M": m,
             "N": n,
             "K": k,
-            "a_stride": a.codes.stride(0),
-            "a_step": a.codes.stride(1),
-            "b_stride": b.codes.stride(0),
-            "b_step": b.codes.stride(1),
+            "a_stride": a.strides[0],
+            "a_step": a.strides[1],
+            "b_stride": b.strides[0],
+            "b_step": b.strides[1],
             "A": a.layout(),
             "B": b.layout(),
             "EXACT": exact,

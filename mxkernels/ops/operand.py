@@ -6,7 +6,7 @@ Both are matrices of rows along the reduction: A is `[M, K]`, B is held transpos
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..spec import MXSpec
 from ..tensor import MXTensor
 
 PLAIN_DTYPES = (torch.bfloat16, torch.float16)
+FP8_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -30,7 +31,7 @@ class Operand:
         parts: a plain matrix; or codes, scale and, if asymmetric, offset of a packed one; or, of a folded
             one, codes, scale, reference and outside; or codes and scale of a prepared one.
         spec: of the matrix as stored; None for a plain one.
-        turned: what is stored is `[K, rows]`.
+        turned: what is stored is `[K, rows]`; a plain matrix too, whose columns are contiguous.
         folded: it is a FoldedTensor.
         added: it is a PreparedTensor, whose `added` this is; else None.
     """
@@ -46,7 +47,7 @@ class Operand:
     def kind(self) -> str:
         """The text that travels through the op's schema beside the parts."""
         if self.spec is None:
-            return "plain"
+            return "plain turned" if self.turned else "plain"
         if self.added is not None:
             return "prepared " + str(self.added) + " " + str(self.spec)
         state = "folded " if self.folded else "packed "
@@ -55,12 +56,23 @@ class Operand:
     @classmethod
     def of_kind(cls, parts: Sequence[torch.Tensor], kind: str, rows: int) -> Operand:
         """The inverse of `kind`, for parts that are matrices."""
-        if kind == "plain":
-            return cls(parts, rows)
+        if kind.startswith("plain"):
+            return cls(parts, rows, turned=kind == "plain turned")
         state, detail, text = kind.split(" ", 2)
         if state == "prepared":
             return cls(parts, rows, MXSpec.parse(text), added=int(detail))
         return cls(parts, rows, MXSpec.parse(text), detail == "turned", state == "folded")
+
+    @property
+    def symmetric(self) -> bool:
+        return self.spec is None or self.spec.symmetric
+
+    def without_offset(self) -> Operand:
+        """A packed operand's S q: itself, if it is symmetric."""
+        if self.symmetric:
+            return self
+        assert self.spec is not None
+        return replace(self, parts=self.parts[:2], spec=replace(self.spec, symmetric=True))
 
     @property
     def fits_bf16(self) -> bool:
@@ -82,7 +94,7 @@ def carrier_dtype(spec: MXSpec, device: torch.device) -> torch.dtype:
     """What kernels take the elements of a folded tensor as: bytes, on a GPU that has no type for them."""
     if device.type == "cuda" and not gpu.device_capabilities(device).fp8_mma:
         return torch.uint8
-    return {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[spec.element.name]
+    return FP8_DTYPES[spec.element.name]
 
 
 def as_matrix(x: torch.Tensor) -> torch.Tensor:
@@ -131,7 +143,9 @@ def check_bias(bias: Any, n: int, device: torch.device) -> None:
 def operand_a(a: torch.Tensor | MXTensor | FoldedTensor | PreparedTensor) -> Operand:
     rows = prod(a.shape[:-1])
     if isinstance(a, torch.Tensor):
-        return Operand([a.detach() if a.requires_grad else a], rows)
+        turned = a.dim() == 2 and a.stride(0) == 1 and a.stride(1) != 1
+        a = a.detach() if a.requires_grad else a
+        return Operand([a.T if turned else a], rows, turned=turned)
     if isinstance(a, FoldedTensor):
         parts = [a.values.codes, a.values.scale, a.reference, a.outside]
         return Operand(parts, rows, a.values.spec, folded=True)
@@ -158,7 +172,7 @@ def launchable(parts: Sequence[torch.Tensor], kind: str) -> list[torch.Tensor]:
             aligned[:, : codes.shape[1]] = codes
             codes = aligned
         codes = codes.view(carrier_dtype(MXSpec.parse(kind.split(" ", 2)[2]), codes.device))
-    elif kind != "plain" and not codes.is_contiguous():
+    elif kind.startswith("packed") and not codes.is_contiguous():
         codes = codes.contiguous()
     return [codes, *(part if part.is_contiguous() else part.contiguous() for part in rest)]
 
@@ -167,7 +181,7 @@ def decoded(operand: Operand, k: int) -> torch.Tensor:
     """fp32 `[rows, K]` by the reference."""
     codes = as_matrix(operand.parts[0])
     if operand.spec is None:
-        return codes.float()
+        return (codes.T if operand.turned else codes).float()
     scale = operand.parts[1]
     offset = None if operand.spec.symmetric else operand.parts[2]
     cols = operand.rows if operand.turned else k

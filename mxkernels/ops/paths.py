@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -11,23 +11,26 @@ from .. import gpu
 from ..folded import window
 from ..prepared import MAX_ROWS, preparable
 from ..tune import (
-    FEW_ROWS,
+    Choice,
     MatmulConfig,
-    SmallMatmulConfig,
-    bf16_matmul_config,
-    folded_matmul_config,
+    Problem,
+    carrier_config,
+    dtype_name,
+    find_config,
     small_matmul_config,
     wide_matmul_config,
 )
+from .correction import correction_columns, group_width
 from .native_operand import native_obstacle, pair_obstacle
-from .operand import Operand
+from .operand import FP8_DTYPES, Operand
 
 if TYPE_CHECKING:
-    from .matmul_hopper_kernel import HopperConfig
+    from ..tune import Config, HopperConfig, SmallMatmulConfig
 
 Path = Literal["native", "fp8", "wide"]
 PATHS: tuple[str, ...] = get_args(Path)
 _LEAST_FP8_ROWS = 128  # of the smaller side: below, folding the larger one takes longer than it saves
+_LEAST_GROUP = 4  # of K, with offsets of its own: below, there is more to correct than to multiply
 
 
 def refusal(path: str, a: Operand, b: Operand, capabilities: gpu.Capabilities) -> str | None:
@@ -49,8 +52,6 @@ def refusal(path: str, a: Operand, b: Operand, capabilities: gpu.Capabilities) -
         for side, operand in (("a", a), ("b", b)):
             if operand.spec is None:
                 return f"{side} is {operand.name}, which FP8 does not hold"
-            if not operand.spec.symmetric:
-                return f"{side} is asymmetric: its elements are sums that FP8 does not hold"
             if not operand.folded and window(operand.spec.element) is None:
                 return f"{side} is {operand.name}: block-scaled elements of 8 bits fit FP8 at one power of two only"
     return None
@@ -77,9 +78,14 @@ def choose(a: Operand, b: Operand, capabilities: gpu.Capabilities) -> str:
         return "native"
     if refusal("fp8", a, b, capabilities) is None:
         ready = a.folded and b.folded
-        if ready or min(a.rows, b.rows) >= _LEAST_FP8_ROWS:
+        if ready or (min(a.rows, b.rows) >= _LEAST_FP8_ROWS and _correction_pays(a, b)):
             return "fp8"
     return "wide"
+
+
+def _correction_pays(a: Operand, b: Operand) -> bool:
+    """Whether the product that offsets add is smaller than the one that they are added to."""
+    return (a.symmetric and b.symmetric) or group_width(a, b) >= _LEAST_GROUP
 
 
 def native_folds(a: Operand, b: Operand, capabilities: gpu.Capabilities) -> tuple[bool, bool]:
@@ -107,7 +113,8 @@ def streams_weights(a: Operand, b: Operand) -> bool:
 def streams(a: Operand) -> bool:
     """Whether the left side of a product is one of few bf16 rows."""
     x = a.parts[0]
-    return a.spec is None and x.dtype == torch.bfloat16 and a.rows <= MAX_ROWS and x.stride(-1) == 1
+    few = a.spec is None and not a.turned and a.rows <= MAX_ROWS
+    return few and x.dtype == torch.bfloat16 and x.stride(-1) == 1
 
 
 def decodes_apart(operand: Operand, k: int) -> bool:
@@ -116,25 +123,52 @@ def decodes_apart(operand: Operand, k: int) -> bool:
         return False
     if operand.spec is None:
         x = operand.parts[0]
-        return x.dtype == torch.bfloat16 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) >= k
+        return x.dtype == torch.bfloat16 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1]
     if operand.folded and operand.parts[0].stride(0) != k:
         return False  # its rows are padded
     return operand.spec.symmetric and (operand.rows if operand.turned else k) % 8 == 0
 
 
-def carrier_config(
-    m: int, n: int, k: int, carrier: torch.dtype, out_dtype: torch.dtype, device: torch.device, turned: bool
-) -> MatmulConfig | HopperConfig:
-    """How a product of FP8 or bf16 carriers is launched. `turned`: one of them is stored `[K, rows]`."""
-    if gpu.device_capabilities(device).wgmma and not turned:
-        from .matmul_hopper_kernel import hopper_config, hopper_serves
+def carrier_choice(
+    m: int, n: int, k: int, carriers: tuple[torch.dtype, torch.dtype], out_dtype: torch.dtype, device: torch.device,
+    turned: tuple[bool, bool],
+) -> Choice[MatmulConfig | HopperConfig]:  # fmt: skip
+    """How a product of FP8, bf16 or tf32 carriers is launched. `turned`: which of them are stored `[K, rows]`."""
+    a, b = carriers
 
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        # large tiles leave most of a GPU idle, and the kernel for them loads less far ahead with small ones
-        few = m <= 64 or (m <= FEW_ROWS and -(-m // 128) * -(-n // 128) > 3 * processors // 4)
-        if hopper_serves(m, n, k, out_dtype) and not (few and carrier.itemsize == 1):
-            return hopper_config(m, n, carrier, out_dtype, processors)
-    return bf16_matmul_config(m, n, k) if carrier == torch.bfloat16 else folded_matmul_config(m, n, k)
+    def on_hopper() -> bool:
+        if any(turned) or not gpu.device_capabilities(device).wgmma:
+            return False
+        from .matmul_hopper_kernel import hopper_serves
+
+        return hopper_serves(m, n, k, out_dtype)
+
+    def rule() -> MatmulConfig | HopperConfig:
+        hopper = on_hopper()
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if hopper else 0
+        return carrier_config(m, n, k, a, out_dtype, hopper, processors)
+
+    layout = " * ".join("turned" if each else "straight" for each in turned)
+    problem = Problem.of("multiply", f"{dtype_name(a)} * {dtype_name(b)}", out_dtype, layout, m, n, k)
+    return find_config(problem, device, rule, lambda config: isinstance(config, MatmulConfig) or on_hopper())
+
+
+def streaming_choice(
+    a: Operand, b: Operand, k: int, out_dtype: torch.dtype, device: torch.device
+) -> Choice[SmallMatmulConfig]:
+    """How a product of few rows by 4-bit weights is launched."""
+    layout = "stored" if b.added is None else "prepared"
+    problem = Problem.of("stream", b.spec, out_dtype, layout, a.rows, b.rows, k)
+    return find_config(problem, device, lambda: small_matmul_config(a.rows, b.rows, k))
+
+
+def decoding_choice(
+    a: Operand, b: Operand, k: int, out_dtype: torch.dtype, device: torch.device, exact: bool
+) -> Choice[MatmulConfig]:
+    """How a product is launched that decodes its operands on the way; `exact`: to the fp32 units."""
+    layout = "exact" if exact else "parts"
+    problem = Problem.of("decode_multiply", f"{a.kind} * {b.kind}", out_dtype, layout, a.rows, b.rows, k)
+    return find_config(problem, device, lambda: wide_matmul_config(a.rows, b.rows, k, exact))
 
 
 def _not_chosen(path: str, a: Operand, b: Operand, capabilities: gpu.Capabilities) -> str:
@@ -143,6 +177,8 @@ def _not_chosen(path: str, a: Operand, b: Operand, capabilities: gpu.Capabilitie
         return 'path="auto" would take it'
     if path == "fp8" and min(a.rows, b.rows) < _LEAST_FP8_ROWS:
         return f"fewer than {_LEAST_FP8_ROWS} rows: folding takes longer than it saves"
+    if path == "fp8" and not _correction_pays(a, b):
+        return f"offsets change every {group_width(a, b)} of K: there is more to correct than to multiply"
     return "another is faster"
 
 
@@ -155,6 +191,7 @@ class Explanation:
         reason: why that one.
         instruction: what multiplies.
         config: how it is launched; None on the CPU and on the native path.
+        origin: where the config comes from: see `tune.Choice`.
         refused: the other paths that were considered, with the reason against each.
     """
 
@@ -162,8 +199,9 @@ class Explanation:
     path: str
     reason: str
     instruction: str
-    config: MatmulConfig | SmallMatmulConfig | HopperConfig | None
+    config: Config | None
     refused: dict[str, str]
+    origin: str = "rule"
 
     def __str__(self) -> str:
         lines = [
@@ -172,7 +210,7 @@ class Explanation:
             f"  instruction  {self.instruction}",
         ]
         if self.config is not None:
-            lines.append(f"  config       {self.config} (origin: rule)")
+            lines.append(f"  config       {self.config} (origin: {self.origin})")
         lines += [f"  not {path:<8} {reason}" for path, reason in self.refused.items()]
         return "\n".join(lines)
 
@@ -200,15 +238,21 @@ def explanation(a: Operand, b: Operand, k: int, device: torch.device, path: str)
         reason = "both operands are exact in FP8 with a power of two a row"
         if any(operand.folded and int(operand.parts[3]) for operand in (a, b)):
             reason = "tried first; but some row's exponents lie too far apart, so the 16-bit path redoes the product"
-        config = carrier_config(a.rows, b.rows, k, torch.float8_e5m2, torch.bfloat16, device, turned=False)
-        return Explanation(operands, chosen, reason, f"FP8 MMA, {' x '.join(carriers)}", config, refused)
+        if not (a.symmetric and b.symmetric):
+            small = correction_columns(a, b, k)[0].count(k)
+            reason += f"; offsets in a product of tf32 numbers over {small} sums and offsets a row, which is added"
+        dtypes = (FP8_DTYPES[carriers[0]], FP8_DTYPES[carriers[1]])
+        found: Choice[Any] = carrier_choice(a.rows, b.rows, k, dtypes, torch.bfloat16, device, (False, False))
+        instruction = f"FP8 MMA, {' x '.join(carriers)}"
+        return Explanation(operands, chosen, reason, instruction, found.config, refused, found.origin)
     if streams_weights(a, b):
         reason = f"no more than {MAX_ROWS} rows: 4-bit weights are read once and decoded in registers"
-        return Explanation(operands, chosen, reason, "bf16 MMA", small_matmul_config(a.rows, b.rows, k), refused)
+        found = streaming_choice(a, b, k, torch.bfloat16, device)
+        return Explanation(operands, chosen, reason, "bf16 MMA", found.config, refused, found.origin)
     reason = "both sides as bf16"
     if decodes_apart(a, k) and decodes_apart(b, k):
-        turned = a.turned or b.turned
-        config = carrier_config(a.rows, b.rows, k, torch.bfloat16, torch.bfloat16, device, turned)
+        bf16 = (torch.bfloat16, torch.bfloat16)
+        found = carrier_choice(a.rows, b.rows, k, bf16, torch.bfloat16, device, (a.turned, b.turned))
     else:
-        config = wide_matmul_config(a.rows, b.rows, k, exact=False)
-    return Explanation(operands, chosen, reason, "bf16 MMA", config, refused)
+        found = decoding_choice(a, b, k, torch.bfloat16, device, exact=False)
+    return Explanation(operands, chosen, reason, "bf16 MMA", found.config, refused, found.origin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,10 +10,11 @@ import torch
 from .. import gpu
 from ..folded import folded_spec, window
 from ..spec import MXSpec
-from ..tune import MatmulConfig, quantize_fold_config, small_matmul_config, wide_matmul_config
+from ..tune import MatmulConfig, Problem, find_config, quantize_fold_config
+from .correction import correction_columns
 from .native_operand import native_operand
 from .operand import Operand, carrier_dtype, padded
-from .paths import carrier_config, decodes_apart, native_folds, streams_weights
+from .paths import carrier_choice, decodes_apart, decoding_choice, native_folds, streaming_choice, streams_weights
 
 if TYPE_CHECKING:
     from .launch import Launch
@@ -71,15 +73,33 @@ def plan_product(
 
 
 def _plan_fp8(plan: Plan, a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    flag = None if a.folded and b.folded else plan.buffer(1, dtype=torch.int32, zero=True)
-    folded = [operand if operand.folded else plan_fold(plan, operand, k, flag) for operand in (a, b)]
+    folded = [operand if operand.folded else plan_fold(plan, operand.without_offset(), k) for operand in (a, b)]
+    flags = [operand.parts[3] for operand in folded]
+    addend = None
+    if not (a.symmetric and b.symmetric):
+        own = flags[1] if a.symmetric else flags[0]  # not that of a FoldedTensor, which outlives the product
+        addend = _plan_correction(plan, a, b, k, own)
     a_reference, b_reference = (operand.parts[2] for operand in folded)
     a_codes, b_codes = (operand.parts[0] for operand in folded)
     a_rows, b_rows = (operand.spec.block.rows for operand in folded if operand.spec)
     references = (a_reference, b_reference)
-    plan.launch(carrier_launch(a_codes, b_codes, k, references, (a_rows, b_rows), bias, out))
-    guards = {id(operand.parts[3]): operand.parts[3] for operand in folded}
-    _plan_decoding(plan, folded[0], folded[1], k, bias, out, guards=list(guards.values()))
+    plan.launch(carrier_launch(a_codes, b_codes, k, references, (a_rows, b_rows), bias, out, addend=addend))
+    left, right = (part if whole.symmetric else whole for whole, part in zip((a, b), folded, strict=True))
+    _plan_decoding(plan, left, right, k, bias, out, flags)
+
+
+def _plan_correction(plan: Plan, a: Operand, b: Operand, k: int, outside: torch.Tensor) -> torch.Tensor:
+    """What offsets add to the product of the elements, fp32: see `correction`."""
+    from .correction_kernel import correction_launch
+    from .matmul_kernel import addend_shape
+
+    carriers = []
+    for operand, columns in zip((a, b), correction_columns(a, b, k), strict=True):
+        carriers.append(plan.buffer(operand.rows, columns.padded(k), dtype=torch.float32))
+        plan.launch(correction_launch(_wide_operand(operand), k, columns, carriers[-1], outside))
+    addend = plan.buffer(*addend_shape(a.rows, b.rows), dtype=torch.float32)
+    plan.launch(carrier_launch(carriers[0], carriers[1], columns.count(k), None, (1, 1), None, addend))
+    return addend
 
 
 def carrier_launch(
@@ -91,37 +111,38 @@ def carrier_launch(
     bias: torch.Tensor | None,
     out: torch.Tensor,
     turned: tuple[bool, bool] = (False, False),
+    addend: torch.Tensor | None = None,
 ) -> Launch:
     """The launch of the kernel for carriers that suits the GPU: see `matmul_kernel`."""
     from .matmul_kernel import matmul_launch
 
     m, n = out.shape
-    config = carrier_config(m, n, k, a.dtype, out.dtype, out.device, any(turned))
+    config = carrier_choice(m, n, k, (a.dtype, b.dtype), out.dtype, out.device, turned).config
     if isinstance(config, MatmulConfig):
-        return matmul_launch(a, b, k, references, rows_per_reference, bias, out, config, turned)
+        return matmul_launch(a, b, k, references, rows_per_reference, bias, out, config, turned, addend)
     from .matmul_hopper_kernel import hopper_matmul_launch
 
-    return hopper_matmul_launch(a, b, k, references, rows_per_reference, bias, out, config)
+    return hopper_matmul_launch(a, b, k, references, rows_per_reference, bias, out, config, addend=addend)
 
 
-def plan_fold(plan: Plan, operand: Operand, k: int, outside: torch.Tensor | None = None) -> Operand:
+def plan_fold(plan: Plan, operand: Operand, k: int) -> Operand:
     """Fold a packed operand: E5M2 or E4M3 codes, `[rows, k]` and more, in rows of whole 16 bytes."""
     assert operand.spec is not None
     after = folded_spec(operand.spec.T if operand.turned else operand.spec)
     assert after is not None
-    folded = Operand(make_folded(plan, after, operand.rows, k, outside), operand.rows, after, folded=True)
+    folded = Operand(make_folded(plan, after, operand.rows, k), operand.rows, after, folded=True)
     fold_into(plan, operand, k, folded)
     return folded
 
 
-def make_folded(plan: Plan, spec: MXSpec, rows: int, k: int, outside: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """Buffers for codes, scale, reference and, if it is not given, outside."""
+def make_folded(plan: Plan, spec: MXSpec, rows: int, k: int, zero: bool = False) -> list[torch.Tensor]:
+    """Buffers for codes, scale, reference and outside, which is `zero` if need be."""
     blocks = spec.scale_shape(rows, k)
     return [
         plan.buffer(rows, padded(k), dtype=carrier_dtype(spec, plan.device)),
         plan.buffer(*blocks, dtype=torch.uint8),
         plan.buffer(blocks[0], dtype=torch.uint8),
-        plan.buffer(1, dtype=torch.int32, zero=True) if outside is None else outside,
+        plan.buffer(1, dtype=torch.int32, zero=zero),
     ]
 
 
@@ -140,7 +161,7 @@ def fold_into(plan: Plan, operand: Operand, k: int, folded: Operand) -> None:
         spanned = plan.buffer(spans, reference_bytes.shape[0], dtype=torch.uint8)
         plan.launch(reference_launch(scales, spanned, 0, True, spans))
         scales = spanned
-    plan.launch(reference_launch(scales, reference_bytes, found.top, operand.turned))
+    plan.launch(reference_launch(scales, reference_bytes, found.top, operand.turned, outside=outside))
     stored_cols = operand.rows if operand.turned else k
     plan.launch(
         fold_launch(
@@ -171,7 +192,7 @@ def _plan_streaming(plan: Plan, a: Operand, b: Operand, k: int, bias: torch.Tens
     from .matmul_small_kernel import matmul_small_launches
 
     assert b.spec is not None
-    config = small_matmul_config(a.rows, b.rows, k)
+    config = streaming_choice(a, b, k, out.dtype, plan.device).config
     partial = plan.buffer(config.splits, a.rows, b.rows, dtype=torch.float32)
     for launch in matmul_small_launches(
         a.parts[0], b.parts[0], b.parts[1], b.spec, bias, partial, out, config, added=b.added
@@ -201,31 +222,33 @@ def plan_quantize_fold(plan: Plan, x: torch.Tensor, spec: MXSpec, seed: torch.Te
     (rows, k), found, after = x.shape, window(spec.element), folded_spec(spec)
     assert found is not None
     assert after is not None
-    config = quantize_fold_config(spec, k) if x.stride(1) == 1 else None
+    rule = quantize_fold_config(spec, k) if x.stride(1) == 1 else None
     blocks = after.scale_shape(rows, k)
-    if config is None:
+    if rule is None:
         folded = Operand(make_folded(plan, after, rows, k), rows, after, folded=True)
         codes = plan.buffer(rows, spec.packed_cols(k), dtype=torch.uint8)
         scale = plan.buffer(*blocks, dtype=torch.uint8)
         plan.launch(quantize_launch(x, spec, seed, [codes, scale]))
         fold_into(plan, Operand([codes, scale], rows, spec), k, folded)
         return
-    codes, scale, reference_bytes, outside = make_folded(plan, after, rows, k)
+    codes, scale, reference_bytes, outside = make_folded(plan, after, rows, k, zero=True)
+    problem = Problem.of("quantize_fold", spec, x.dtype, "rows", rows, k)
+    config = find_config(problem, plan.device, lambda: rule).config
     plan.launch(quantize_fold_launch(x, spec, seed, found, reference_bytes, codes, scale, outside, config))
 
 
 def _plan_decoding(
     plan: Plan, a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor,
-    guards: list[torch.Tensor] | None = None,
+    guards: Sequence[torch.Tensor] = (),
 ) -> None:  # fmt: skip
     lost = None if a.fits_bf16 and b.fits_bf16 else plan.buffer(1, dtype=torch.int32, zero=True)
-    for launch in decoding_launches(a, b, k, bias, out, guards or [], lost):
+    for launch in decoding_launches(a, b, k, bias, out, guards, lost):
         plan.launch(launch)
 
 
 def decoding_launches(
     a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor,
-    guards: list[torch.Tensor], lost: torch.Tensor | None,
+    guards: Sequence[torch.Tensor], lost: torch.Tensor | None,
 ) -> list[Launch]:  # fmt: skip
     """The kernel that takes operands of any kind, in bf16; and again in fp32, if the first says in `lost` that it
     lost bits."""
@@ -237,12 +260,12 @@ def decoding_launches(
 
 def decoding_launch(
     a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor,
-    guards: list[torch.Tensor], lost: torch.Tensor | None, exact: bool = False,
+    guards: Sequence[torch.Tensor], lost: torch.Tensor | None, exact: bool = False,
 ) -> Launch:  # fmt: skip
     from .matmul_wide_kernel import matmul_wide_launch
 
     first, second = [*guards, None, None][:2]
-    config = wide_matmul_config(a.rows, b.rows, k, exact)
+    config = decoding_choice(a, b, k, out.dtype, out.device, exact).config
     sides = (_wide_operand(a), _wide_operand(b))
     return matmul_wide_launch(sides, k, bias, out, (first, second), lost, exact, config)
 
@@ -251,7 +274,7 @@ def _wide_operand(operand: Operand) -> WideOperand:
     from .matmul_wide_kernel import WideOperand
 
     if operand.spec is None:
-        return WideOperand(operand.parts[0])
+        return WideOperand(operand.parts[0], turned=operand.turned)
     offset = None if operand.spec.symmetric else operand.parts[2]
     return WideOperand(operand.parts[0], operand.parts[1], offset, operand.spec, operand.turned)
 
@@ -304,6 +327,6 @@ def _fold_now(operand: Operand, k: int) -> Operand:
 def outside_window(a: Operand, b: Operand, k: int) -> str | None:
     """Why operands' exponents do not fit FP8, from looking at them."""
     for name, operand in (("a", a), ("b", b)):
-        if int((operand if operand.folded else _fold_now(operand, k)).parts[3]):
+        if int((operand if operand.folded else _fold_now(operand.without_offset(), k)).parts[3]):
             return f"some row of {name} has exponents too far apart for FP8"
     return None

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .. import gpu
 from ..spec import MXSpec
-from ..tune import CastConfig, quantize_config
+from ..tune import CastConfig, Problem, find_config, quantize_config
 from .launch import Launch, Layout
 from .primitives import (
     INFINITY,
@@ -198,7 +198,13 @@ def quantize_launch(
     rows, cols = x.shape
     pair = len(parts) > 3
     row_contiguous = x.stride(1) == 1 or x.stride(0) != 1
-    config = config or quantize_config(spec, rows, cols, x.element_size(), row_contiguous, pair)
+    if config is None:
+        op, layout = "quantize_pair" if pair else "quantize", "rows" if row_contiguous else "columns"
+        config = find_config(
+            Problem.of(op, spec, x.dtype, layout, rows, cols),
+            x.device,
+            lambda: quantize_config(spec, rows, cols, x.element_size(), row_contiguous, pair),
+        ).config
     row_bytes = spec.packed_cols(cols) | (spec.packed_cols(rows) if pair else 0)
     capabilities = capabilities or gpu.device_capabilities(x.device)
     return Launch(

@@ -3,7 +3,7 @@
 from .cases import DEFAULT_SHAPE, DEFAULT_WEIGHT, ROWS, SHAPES, Shape
 from .ceilings import Ceiling, Ceilings
 from .peers import bf16_product, dot_scaled_product, fp8_product
-from .timing import Timing, time_call, time_host
+from .timing import ColdTimer, Timing, time_call, time_host
 
 __all__ = [
     "DEFAULT_SHAPE",
@@ -12,6 +12,7 @@ __all__ = [
     "SHAPES",
     "Ceiling",
     "Ceilings",
+    "ColdTimer",
     "Shape",
     "Timing",
     "bf16_product",

@@ -56,8 +56,7 @@ def time_call(call: Callable[[], object], device: torch.device, seconds: float =
     """
     call()  # compiles, and fills the allocator's cache
     if device.type == "cuda":
-        with torch.cuda.device(device):
-            return _time_cuda(call, device, seconds)
+        return _time_cuda(call, device, seconds)
     samples: list[float] = []
     stop = time.perf_counter() + seconds
     while len(samples) < MIN_SAMPLES or (time.perf_counter() < stop and len(samples) < MAX_SAMPLES):
@@ -76,23 +75,38 @@ def time_host(call: Callable[[], object], device: torch.device, samples: int = 2
     return Timing(tuple(batches))
 
 
+class ColdTimer:
+    """Times calls on a CUDA device by events, with a cold L2 cache; on the CPU by the clock, as they come."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flush: torch.Tensor | None = None
+        if device.type == "cuda":
+            l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+            self._flush = torch.empty(max(2 * l2_bytes, _LEAST_FLUSH_BYTES), dtype=torch.uint8, device=device)
+
+    def take(self, call: Callable[[], object], samples: int) -> tuple[float, ...]:
+        """Microseconds of so many calls, one after the other; `call` enqueues work on the current stream."""
+        if self._flush is None:
+            return tuple(_clock_us(call) for _ in range(samples))
+        with torch.cuda.device(self.device):
+            events = [
+                (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(samples)
+            ]
+            for start, end in events:
+                self._flush.zero_()
+                start.record()
+                call()
+                end.record()
+            torch.cuda.synchronize(self.device)
+            return tuple(start.elapsed_time(end) * 1e3 for start, end in events)
+
+
 def _time_cuda(call: Callable[[], object], device: torch.device, seconds: float) -> Timing:
-    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    flush = torch.empty(max(2 * l2_bytes, _LEAST_FLUSH_BYTES), dtype=torch.uint8, device=device)
-
-    def take(samples: int) -> tuple[float, ...]:
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(samples)]
-        for start, end in events:
-            flush.zero_()
-            start.record()
-            call()
-            end.record()
-        torch.cuda.synchronize(device)
-        return tuple(start.elapsed_time(end) * 1e3 for start, end in events)
-
+    timer = ColdTimer(device)
     torch.cuda.synchronize(device)
-    each = _clock_us(lambda: take(_WARM_UP)) * 1e-6 / _WARM_UP
-    return Timing(take(min(max(int(seconds / each), MIN_SAMPLES), MAX_SAMPLES)))
+    each = _clock_us(lambda: timer.take(call, _WARM_UP)) * 1e-6 / _WARM_UP
+    return Timing(timer.take(call, min(max(int(seconds / each), MIN_SAMPLES), MAX_SAMPLES)))
 
 
 def _clock_us(call: Callable[[], object]) -> float:

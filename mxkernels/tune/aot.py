@@ -23,9 +23,13 @@ _NAMES = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e5m2: "fp8e5",
     torch.uint8: "u8",
+    torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
+
+# Since 3.7 the JIT lists them, empty, and so they are part of the key under which it looks for what is compiled.
+_CONSTANTS_HAVE_ATTRIBUTES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 
 
 @dataclass(frozen=True)
@@ -78,28 +82,34 @@ def compile_launch(launch: Any, architecture: str) -> Compiled:
 
     Its tensors may be on the meta device, those of descriptors too: only dtypes, strides and alignment matter.
     """
-    signature, constants, attributes = {}, {}, {}
+    signature, constants = {}, {}
+    attributes: dict[tuple[int], list[Any]] = {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         known = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or known:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
+            if _CONSTANTS_HAVE_ATTRIBUTES:
+                attributes[(index,)] = []
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = f"*{_NAMES[value.dtype]}"
-            if value.data_ptr() % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            attributes[(index,)] = _divisibility(value.data_ptr())
         elif hasattr(value, "block_shape"):
             signature[parameter.name] = _descriptor_type(value)
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            if not parameter.do_not_specialize:
+                attributes[(index,)] = _divisibility(value)
     source_type = GluonASTSource if launch.kernel.is_gluon() else ASTSource
     source = source_type(launch.kernel, signature, constants, attributes)
     options = {**launch.options, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=target(architecture), options=options)
     return Compiled(architecture, compiled.asm, compiled.metadata.shared)
+
+
+def _divisibility(value: int) -> list[Any]:
+    return [["tt.divisibility", 16]] if value % 16 == 0 else []
 
 
 def _descriptor_type(descriptor: Any) -> str:

@@ -7,28 +7,15 @@ long where rows are packed, and its two sides alike where blocks or memory run d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
+
+import torch
 
 from ..spec import MXSpec
+from .config import CastConfig, HopperConfig, MatmulConfig, SmallMatmulConfig
 
 FEW_ROWS = 256  # of a product: too few for the tiles that large ones take
 _SMALLEST_SIDE = 16  # whole 32-bit words of packed codes, whole groups of random bits
-
-
-@dataclass(frozen=True)
-class CastConfig:
-    """How a quantise or dequantise kernel is launched: a program works on `tile_rows` x `tile_cols`.
-
-    Attributes:
-        square: a thread holds eight neighbours along both dimensions (quantise only).
-        wide: packed words are moved four at a time, 16 bytes, rather than one.
-    """
-
-    tile_rows: int
-    tile_cols: int
-    num_warps: int
-    square: bool = False
-    wide: bool = False
 
 
 def quantize_config(
@@ -94,48 +81,6 @@ def quantize_fold_config(spec: MXSpec, cols: int) -> CastConfig | None:
     return CastConfig(tile_rows, tile_cols, min(max(elements // 1024, 1), 16), wide=True)
 
 
-@dataclass(frozen=True)
-class MatmulConfig:
-    """How a product is launched: a program works on `block_m` x `block_n` of the output, `block_k` of the
-    reduction at a time.
-
-    Attributes:
-        group_m: programs that follow each other work on so many rows of tiles before the next column, and so
-            share what the L2 cache holds.
-        promote: partial sums are added in fp32 every so many of the reduction, a multiple of `block_k`; 0:
-            they are fp32 as they come.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    group_m: int = 8
-    promote: int = 0
-
-    def __str__(self) -> str:
-        promote = f", promoted to fp32 every {self.promote} of K" if self.promote else ""
-        tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
-        return f"tiles {tile}, {self.num_warps} warps, {self.num_stages} stages{promote}"
-
-
-@dataclass(frozen=True)
-class SmallMatmulConfig:
-    """How a product of few rows is launched: a program works on `rows` of W (64 for each four warps, or a
-    multiple), `cols` columns at a time, and on one of `splits` parts of K."""
-
-    rows: int
-    cols: int
-    splits: int
-    num_warps: int
-    num_stages: int
-
-    def __str__(self) -> str:
-        tile = f"{self.rows}x{self.cols} of the weights"
-        return f"tiles {tile}, K in {self.splits} parts, {self.num_warps} warps, {self.num_stages} stages"
-
-
 def small_matmul_config(m: int, n: int, k: int) -> SmallMatmulConfig:
     """For a product of m <= 64 rows with 4-bit weights: as many programs as a large GPU holds at a time."""
     rows, cols = 128, 128
@@ -152,6 +97,49 @@ def folded_matmul_config(m: int, n: int, k: int) -> MatmulConfig:
     if m <= 64:
         return MatmulConfig(64, 64, 256, 4, 6, promote=512)
     return MatmulConfig(128, 128, 128, 8, 6 if m <= FEW_ROWS else 4, promote=512)
+
+
+# Columns of a piece, pieces of a tile, and the time that a tile takes, relative to half of the largest one's;
+# that of the smallest is reckoned, not measured.
+_HOPPER_TILES = ((128, 2, 2.0), (128, 1, 1.05), (64, 1, 0.65))
+_HOPPER_SHARED_BYTES = 232448 - 2048  # of a program, less what barriers and changes of layout take
+_HOPPER_BLOCK_BYTES = 128  # of K, a row
+
+
+def hopper_config(m: int, n: int, carrier: torch.dtype, out_dtype: torch.dtype, processors: int) -> HopperConfig:
+    """For an output `[m, n]` of FP8 or bf16 carriers: the tiles that leave the least of the GPU idle."""
+
+    def time(tile: tuple[int, int, float]) -> float:
+        cols, pieces, cost = tile
+        return cost * ceil_div(ceil_div(m, 128) * ceil_div(n, cols * pieces), processors)
+
+    cols, pieces, _ = min(_HOPPER_TILES, key=time)
+    if pieces == 2 and carrier.itemsize == out_dtype.itemsize == 2:
+        cols, pieces = 256, 1  # nothing to promote, and room for the output beside three stages
+    return hopper_tile_config(cols, pieces, carrier, out_dtype)
+
+
+def hopper_tile_config(cols: int, pieces: int, carrier: torch.dtype, out_dtype: torch.dtype) -> HopperConfig:
+    """As many stages as fit beside the output. Promotion comes every 512 of K; with two pieces, for which a
+    group has to wait in shared memory, every 256."""
+    out_bytes = 128 * cols * out_dtype.itemsize
+    stages = (_HOPPER_SHARED_BYTES - out_bytes) // ((128 + cols * pieces) * _HOPPER_BLOCK_BYTES)
+    return HopperConfig(cols, pieces, stages, promote=4 // pieces if carrier.itemsize == 1 else 0)
+
+
+def carrier_config(
+    m: int, n: int, k: int, carrier: torch.dtype, out_dtype: torch.dtype, on_hopper: bool, processors: int
+) -> MatmulConfig | HopperConfig:
+    """For a product of FP8, bf16 or tf32 carriers; `on_hopper`: the kernel for Hopper serves it."""
+    if on_hopper:
+        # large tiles leave most of a GPU idle, and the kernel for them loads less far ahead with small ones
+        few = m <= 64 or (m <= FEW_ROWS and ceil_div(m, 128) * ceil_div(n, 128) > 3 * processors // 4)
+        if not (few and carrier.itemsize == 1):
+            return hopper_config(m, n, carrier, out_dtype, processors)
+    if carrier.itemsize == 1:
+        return folded_matmul_config(m, n, k)
+    config = bf16_matmul_config(m, n, k)
+    return config if carrier == torch.bfloat16 else replace(config, block_k=config.block_k // 2)  # as many bytes
 
 
 def bf16_matmul_config(m: int, n: int, k: int) -> MatmulConfig:

@@ -1,0 +1,128 @@
+"""Where configs are looked up: the user's cache, the shipped tables, those of other GPUs; and what is left out."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from . import location, ranks
+from .events import TABLES_CHANGED
+from .stamp import Stamp
+from .table import Entry, Table, TableError, cache_path, load
+
+
+@dataclass(frozen=True)
+class Source:
+    """Configs from one place. `origin` is what a `Choice` says of them."""
+
+    origin: str
+    path: Path
+    entries: dict[str, Entry]
+
+
+def sources(stamp: Stamp) -> tuple[Source, ...]:
+    """For a GPU, those that serve first first: the user's cache, the table shipped for the GPU, those of other GPUs of
+    its architecture, of which the ones with the most similar number of multiprocessors come first.
+
+    A cache, and what is in it, that cannot serve is left out with a warning, once a process.
+    """
+    return _sources(stamp, ranks.one_of_many())
+
+
+@lru_cache
+def _sources(stamp: Stamp, one_of_many: bool) -> tuple[Source, ...]:
+    found = _cache(stamp, one_of_many)
+    tables = shipped()
+    found += [Source("shipped", path, entries) for path, entries in _for_stamp(tables, stamp)]
+    relatives = {
+        other
+        for table in tables.values()
+        for other in table.sections
+        if other != stamp and other.architecture == stamp.architecture and other == other.here()
+    }
+    for other in sorted(relatives, key=lambda other: (abs(other.sm_count - stamp.sm_count), other.gpu)):
+        found += [Source(f"nearest ({other.gpu})", path, entries) for path, entries in _for_stamp(tables, other)]
+    return tuple(found)
+
+
+def _cache(stamp: Stamp, one_of_many: bool) -> list[Source]:
+    """The user's cache as it may be used: among ranks, what rank 0 shared of its own."""
+    try:
+        path = cache_path(stamp)
+    except TableError:
+        path = None
+    shared = ranks.shared_entries(stamp)
+    if shared is not None:
+        return [Source("cache", path or Path("rank 0"), shared)]
+    if path is None:
+        return []
+    try:
+        table = load(path)
+    except TableError as error:
+        _warn(path, f"{error}; it is left out, and `mxkernels tune` makes another")
+        return []
+    entries, faults = table.entries(stamp)
+    if one_of_many:
+        if entries:
+            _warn(
+                path, f"{path} is left out, since the ranks' caches may differ; mxkernels.tune.share() shares rank 0's"
+            )
+        return []
+    if faults:
+        more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+        _warn(path, f"{path} has an entry that is left out{more}: {faults[0]}")
+    if table.sections and stamp not in table.sections:
+        other = max(table.sections, key=lambda each: (each.triton == stamp.triton, each.kernels == stamp.kernels))
+        _warn(
+            path, f"{path} is left out: it was measured with {other.differences(stamp)}; `mxkernels tune` does so again"
+        )
+    return [Source("cache", path, entries)]
+
+
+@lru_cache
+def shipped() -> dict[Path, Table]:
+    """The tables that are part of the package."""
+    found = {}
+    for path in location.tables_in(location.SHIPPED):
+        try:
+            found[path] = load(path)
+        except TableError as error:
+            _warn(path, f"{error}; it came with mxkernels, and is left out")
+    return found
+
+
+def left_out(stamp: Stamp) -> list[str]:
+    """A sentence for each section of the tables of a GPU's architecture that was measured with something else than
+    what is here."""
+    found = []
+    for path, table in {**_tables_of_cache(stamp), **shipped()}.items():
+        for other, section in table.sections.items():
+            if other.architecture == stamp.architecture and other != other.here():
+                found.append(f"{len(section)} in {path}: measured with {other.differences(other.here())}")
+    return found
+
+
+def _tables_of_cache(stamp: Stamp) -> dict[Path, Table]:
+    try:
+        return {cache_path(stamp): load(cache_path(stamp))}
+    except TableError:
+        return {}
+
+
+def _for_stamp(tables: dict[Path, Table], stamp: Stamp) -> list[tuple[Path, dict[str, Entry]]]:
+    return [(path, table.entries(stamp)[0]) for path, table in tables.items() if stamp in table.sections]
+
+
+_warned: set[Path] = set()
+
+
+def _warn(path: Path, sentence: str) -> None:
+    if path not in _warned:
+        _warned.add(path)
+        warnings.warn(sentence, stacklevel=2)
+
+
+TABLES_CHANGED.call(_sources.cache_clear)
+TABLES_CHANGED.call(shipped.cache_clear)

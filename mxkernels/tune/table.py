@@ -1,0 +1,275 @@
+"""Tables of configs that were found by measuring: JSON files, one a GPU.
+
+A table has a section for each stamp, so that environments share a file; a section maps `Problem.key` to an entry.
+What was stored is replaced by whoever has the same stamp, and by nobody else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .config import CastConfig, Config, HopperConfig, MatmulConfig, SmallMatmulConfig
+from .constraints import obstacle
+from .events import TABLES_CHANGED
+from .location import VARIABLE, cache_directory, table_name
+from .problem import Problem
+from .stamp import Stamp
+
+_CONFIGS: dict[str, type[Config]] = {
+    each.__name__: each for each in (CastConfig, MatmulConfig, HopperConfig, SmallMatmulConfig)
+}
+_LARGEST_BYTES = 1 << 26  # of a file; a thousand times what all shapes of a model take
+_LOCK_SECONDS = 60
+
+
+class TableError(Exception):
+    """A table that cannot be read or written; one sentence."""
+
+
+class BrokenTable(TableError):
+    """A file that can be read and is no table."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A config, and what it gained.
+
+    Attributes:
+        before_us: the time of what served the problem without it; a median, with a cold L2 cache.
+        after_us: its own.
+        date: of the measurement, `2026-11-22`.
+    """
+
+    config: Config
+    before_us: float
+    after_us: float
+    date: str
+
+    def as_json(self) -> dict[str, Any]:
+        config = {"type": type(self.config).__name__, **asdict(self.config)}
+        return {"config": config, "before_us": self.before_us, "after_us": self.after_us, "date": self.date}
+
+    @classmethod
+    def of_json(cls, key: str, value: dict[str, Any]) -> Entry:
+        """The entry of a key.
+
+        Raises:
+            ValueError: it cannot serve, and why.
+        """
+        problem = Problem.of_key(key)
+        if set(value) != {"config", "before_us", "after_us", "date"}:
+            raise ValueError(f"{key} has {', '.join(value)}; allowed: config, before_us, after_us, date")
+        values = value["config"]
+        kind = values.get("type") if isinstance(values, dict) else None
+        if not isinstance(kind, str) or kind not in _CONFIGS:
+            raise ValueError(f"{key} has a config of type {kind!r}; allowed: {', '.join(_CONFIGS)}")
+        try:
+            config = _CONFIGS[kind](**{name: each for name, each in values.items() if name != "type"})
+        except TypeError as error:
+            raise ValueError(f"{key}: {error}") from None
+        reason = obstacle(problem, config)
+        if reason is not None:
+            raise ValueError(f"{key}: {reason}")
+        for name in ("before_us", "after_us"):
+            if type(value[name]) not in (int, float) or not 0 <= value[name] < 1e12:
+                raise ValueError(f"{key}: {name} is {value[name]!r}; allowed: microseconds")
+        return cls(config, value["before_us"], value["after_us"], str(value["date"]))
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file's sections, by stamp and by key, as JSON values: what other versions wrote may mean nothing here."""
+
+    sections: dict[Stamp, dict[str, dict[str, Any]]] = field(default_factory=dict)
+
+    def entries(self, stamp: Stamp) -> tuple[dict[str, Entry], list[str]]:
+        """The entries of a stamp that can serve, and a sentence for each that cannot."""
+        found, faults = {}, []
+        for key, value in self.sections.get(stamp, {}).items():
+            try:
+                found[key] = Entry.of_json(key, value)
+            except ValueError as error:
+                faults.append(str(error))
+        return found, faults
+
+    def text(self) -> str:
+        """Sorted, and a line for each entry, so that a change is easy to review."""
+        lines = ['{"sections": [']
+        for number, (stamp, section) in enumerate(sorted(self.sections.items(), key=lambda each: astuple(each[0]))):
+            head = ", ".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in asdict(stamp).items())
+            entries = [f"  {json.dumps(key)}: {json.dumps(section[key], sort_keys=True)}" for key in sorted(section)]
+            lines.append((", {" if number else "{") + head + ', "entries": {')
+            lines.append(",\n".join(entries))
+            lines.append("}}")
+        return "\n".join([*lines, "]}"]) + "\n"
+
+
+def cache_path(stamp: Stamp) -> Path:
+    """The file of the user's cache for a GPU.
+
+    Raises:
+        TableError: there is no place for it.
+    """
+    directory = cache_directory()
+    if directory is None:
+        raise TableError(
+            f"there is no place for a cache: install platformdirs, or set {VARIABLE} to the name of a directory"
+        )
+    return directory / table_name(stamp.gpu)
+
+
+def load(path: Path) -> Table:
+    """The table in a file; an empty one if there is none.
+
+    Raises:
+        TableError: it cannot be read; BrokenTable: it is none.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no regular file")
+        if status.st_size > _LARGEST_BYTES:
+            raise ValueError(f"it has {status.st_size} bytes; allowed: {_LARGEST_BYTES}")
+        # What is not finite or has thousands of digits is refused, since it could not be written again.
+        value = json.loads(path.read_bytes().decode(), parse_float=_finite, parse_constant=_finite)
+        return Table(_sections(value))
+    except FileNotFoundError:
+        return Table()
+    except OSError as error:
+        raise TableError(f"{path} cannot be read: {_why(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise BrokenTable(f"{path} is no table of configs: {_why(error)}") from None
+
+
+def store(entries: dict[str, Entry], stamp: Stamp, path: Path | None = None) -> Path:
+    """Merge entries, by `Problem.key`, into a file: those of the same stamp and key are replaced, others stay.
+
+    The file is replaced as a whole, under a lock, so that whoever reads it or dies meanwhile leaves a valid one. One
+    that is no table is set aside as `.broken`.
+
+    Args:
+        path: None is the user's cache for the stamp's GPU.
+
+    Returns:
+        The path.
+
+    Raises:
+        TableError: nothing could be written; what was there still is.
+        ValueError: an entry cannot serve.
+    """
+    values = {key: entry.as_json() for key, entry in entries.items()}
+    for key, value in values.items():
+        Entry.of_json(key, value)
+    path = cache_path(stamp) if path is None else path
+    with _locked(path):
+        try:
+            table = load(path)
+        except BrokenTable:
+            _set_aside(path)
+            table = Table()
+        section = table.sections.setdefault(stamp, {})
+        section.update(values)
+        _replace(path, table.text())
+    TABLES_CHANGED.happened()
+    return path
+
+
+def remove(path: Path) -> None:
+    """Delete a table.
+
+    Raises:
+        TableError: it cannot be deleted.
+    """
+    with _locked(path):
+        path.unlink(missing_ok=True)
+    TABLES_CHANGED.happened()
+
+
+def _sections(value: Any) -> dict[Stamp, dict[str, dict[str, Any]]]:
+    """The structure that every version of a table has: raises ValueError for another."""
+    if not isinstance(value, dict) or set(value) != {"sections"} or not isinstance(value["sections"], list):
+        raise ValueError('it has not the form {"sections": [...]}')
+    found = {}
+    for section in value["sections"]:
+        if not isinstance(section, dict) or set(section) != {*Stamp.__dataclass_fields__, "entries"}:
+            raise ValueError(f"a section has not the fields {', '.join(Stamp.__dataclass_fields__)} and entries")
+        entries = section.pop("entries")
+        for name, declared in Stamp.__dataclass_fields__.items():
+            if type(section[name]).__name__ != declared.type:
+                raise ValueError(f"{name} of a section is {section[name]!r:.40}; allowed: {declared.type}")
+        if not isinstance(entries, dict):
+            raise ValueError("the entries of a section are no object")
+        for key, entry in entries.items():
+            if not isinstance(entry, dict) or not all(_is_flat(each) for each in entry.values()):
+                raise ValueError(f"the entry {key[:200]!r} is no object of values and objects of values")
+        stamp = Stamp(**section)
+        if stamp in found:
+            raise ValueError(f"two sections have the stamp {stamp}")
+        found[stamp] = entries
+    return found
+
+
+def _is_flat(value: Any) -> bool:
+    within = value.values() if isinstance(value, dict) else [value]
+    return not any(isinstance(each, (dict, list)) for each in within)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"it has the number {text[:40]}")
+    return number
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, in whose directory it lies; what cannot be done there becomes one sentence."""
+    from filelock import FileLock
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
+            yield
+    except (OSError, NotImplementedError) as error:  # Timeout is an OSError
+        raise TableError(f"{path} cannot be written: {_why(error)}") from None
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all. Under the lock, so that nobody else has the temporary one."""
+    path = Path(os.path.realpath(path))  # a link stays one
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _set_aside(path: Path) -> None:
+    """Rename what is no table, to a name that is free."""
+    number, aside = 1, path.with_name(path.name + ".broken")
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}.broken-{number}")
+    os.rename(path, aside)
+
+
+def _why(error: Exception) -> str:
+    """One sentence of an exception."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return text.splitlines()[0][:300]
