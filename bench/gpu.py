@@ -23,7 +23,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mxkernels.environment import digest, revision
+import torch
+
+from mxkernels.environment import device_name, digest, revision
+from mxkernels.tune.location import SHIPPED, table_name
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 570
@@ -40,7 +43,30 @@ MEASUREMENTS = {
     "layers": "bench/training.py",
     "step": "bench/training.py",
     "training": "bench/training.py",
+    "tuning-casts": "bench/tuning.py",
+    "tuning-folds": "bench/tuning.py",
+    "tuning-products": "bench/tuning.py",
+    "tuning-decoding": "bench/tuning.py",
 }
+
+# By name, the arguments of `mxkernels tune` that make a part of the table that is shipped for a GPU: the configs of
+# what the goals name.
+CASTS = "16384x16384,4096x4096"
+LAYERS = "8192x8192x8192,4096x14336x4096"
+TUNED = {
+    "formats": f"--op quantize,dequantize --fmt e2m1,e3m0,int4,e2m3,e3m2,e4m3,e5m2,int8 --shape {CASTS}",
+    "blocks": f"--op quantize,dequantize --fmt e2m1 --block 1x16,4x4,16x16,32x32,32x1 --shape {CASTS}",
+    "orientations": f"--op quantize_transposed,quantize_pair --fmt e2m1,e4m3 --block 1x32,4x4 --shape {CASTS}",
+    "stochastic": f"--op quantize --rounding sr --fmt e2m1 --block 1x32,4x4 --shape {CASTS}",
+    "asymmetric": f"--op quantize,dequantize --asymmetric --fmt e2m1,int4 --shape {CASTS}",
+    "layers": f"--op matmul --fmt e2m1 --block 1x32,4x4,16x16 --shape {LAYERS}",
+    "layers_e2m3": f"--op matmul --fmt e2m3 --shape {LAYERS}",
+    "turned": "--op fold_transposed --fmt e2m1 --block 1x32,4x4 --shape 8192x8192,4096x14336,14336x4096,4096x4096",
+    "folded": "--op matmul --fmt e2m1 --shape 64x8192x8192,256x8192x8192,1024x8192x8192,4096x4096x14336",
+    "weights": "--op matmul --fmt e2m1 --activations bfloat16 --shape 8192x8192,4096x14336",
+    "in_bf16": "--op matmul --fmt mxfp8_e4m3,mxint8 --shape 8192x8192x8192",
+}
+BUDGET = "4s"  # for each problem; what is left is done by the next run
 
 
 @dataclass(frozen=True)
@@ -52,16 +78,24 @@ class Piece:
 
 
 def pieces(results: Path) -> list[Piece]:
-    """The test files that need a GPU, found by their marker, then the measurements."""
+    """The test files that need a GPU, found by their marker; the shipped table; then the measurements, which use it."""
     tests = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
     pytest = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
+    tune = ("cli.py", "tune", "--resume", "--budget", BUDGET, "--export", str(shipped_table()))
     return [
         *(Piece(path.stem, (*pytest, f"tests/{path.name}")) for path in tests),
+        *(Piece(f"tune_{name}", (*tune, *arguments.split())) for name, arguments in TUNED.items()),
         *(
             Piece(f"measure_{group}", (script, group, "--results", str(results)))
             for group, script in MEASUREMENTS.items()
         ),
     ]
+
+
+def shipped_table() -> Path:
+    """The file of the GPU at hand."""
+    name = device_name(torch.device("cuda")) if torch.cuda.is_available() else "no gpu"
+    return SHIPPED / table_name(name)
 
 
 def run(piece: Piece) -> dict[str, Any]:
@@ -141,6 +175,7 @@ def main() -> None:
     if not chosen:
         parser.error(f"--only {arguments.only}: allowed: {', '.join(piece.name for piece in known)}")
     results.mkdir(parents=True, exist_ok=True)
+    SHIPPED.mkdir(exist_ok=True)
     well = list(run_all(results, chosen, again=arguments.only is not None))
     sys.exit(0 if all(well) else 1)
 

@@ -1,6 +1,6 @@
 """Microscaling (MX) formats for training and serving, in Triton. Start at `quantize`; bytes: `docs/numerics.md`."""
 
-from . import nn, ops, recipes
+from . import nn, ops, recipes, tune
 from .files import load_file, save_file
 from .folded import FoldedTensor
 from .formats import FORMATS, ElementFormat
@@ -21,6 +21,7 @@ from .spec import (
     mxint8,
 )
 from .tensor import MXTensor
+from .tuner import autotune
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "MXSpec",
     "MXTensor",
     "PreparedTensor",
+    "autotune",
     "convert",
     "dequantize",
     "explain",
@@ -46,9 +48,13 @@ __all__ = [
     "mxfp8_e5m2",
     "mxint4",
     "mxint8",
+    "nn",
+    "ops",
     "pack",
     "prepare",
     "quantize",
     "quantize_pair",
+    "recipes",
     "save_file",
+    "tune",
 ]

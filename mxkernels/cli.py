@@ -31,6 +31,7 @@ from .arguments import (
 from .bench import DTYPES, Bench, Case
 from .bench_products import ProductBench, ProductCase, Source, timings
 from .cli_cache import cache
+from .cli_tune import tune
 from .environment import device_name, driver_version, environment, triton_version
 from .inputs import load_tensor
 from .perf import DEFAULT_SHAPE, DEFAULT_WEIGHT, ROWS, SHAPES, Shape
@@ -51,6 +52,7 @@ def cli(ctx: click.Context) -> None:
     mxkernels bench --op matmul                 the same of products, beside bf16 and FP8
     mxkernels formats                           every element format and its values
     mxkernels doctor                            versions, GPUs, and what runs how on them
+    mxkernels tune                              the fastest configs for this GPU, found and kept
     mxkernels cache list                        the configs that were tuned here, and those that are shipped
     """
     if ctx.invoked_subcommand is None:
@@ -364,7 +366,7 @@ def formats() -> None:
 
 @cli.command(short_help="Versions, GPUs, and what runs how on them.")
 def doctor() -> None:
-    """Versions, GPUs, and what runs how: native, folded, decoded or unsupported, for each op and format.
+    """Versions, GPUs, and what runs how: native, folded or decoded, for each op and format.
 
     native: the hardware knows the format. folded: it is rewritten, without loss, into one that the hardware
     knows. decoded: its bits are computed by ordinary arithmetic.
@@ -389,6 +391,7 @@ def doctor() -> None:
 
 
 cli.add_command(cache)
+cli.add_command(tune)
 
 
 def main() -> None:

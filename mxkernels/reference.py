@@ -117,7 +117,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: t
 
 
 def hadamard(matrix: torch.Tensor, size: int, signs: torch.Tensor | None) -> torch.Tensor:
-    """The block Hadamard transform of a matrix's rows, `[R, C]` to `[R, ceil(C/size) * size]`: `mxkernels.ops.hadamard`.
+    """The block Hadamard transform of rows, `[R, C]` to `[R, ceil(C/size) * size]`, of `mxkernels.ops.hadamard`.
 
     The order of the sums is part of its definition, since each is rounded to fp32.
     """

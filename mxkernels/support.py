@@ -8,10 +8,10 @@ from typing import Literal
 
 from .folded import window
 from .formats import FORMATS, ElementFormat
-from .gpu import NONE, Capabilities
+from .gpu import Capabilities
 from .ops.native_operand import ELEMENTS as BLOCK_SCALED_ELEMENTS
 
-Kind = Literal["native", "folded", "decoded", "unsupported"]
+Kind = Literal["native", "folded", "decoded"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Support:
 
     Attributes:
         kind: native, the hardware knows the format; folded, it is rewritten without loss into one that the
-            hardware knows; decoded, its bits are computed by ordinary arithmetic; unsupported.
+            hardware knows; decoded, its bits are computed by ordinary arithmetic.
         instruction: what does the work.
     """
 
@@ -64,10 +64,6 @@ def _matmul(element: ElementFormat, capabilities: Capabilities) -> Support:
     return Support("decoded", "bf16 MMA" if capabilities.mma else _ARITHMETIC)
 
 
-def _not_yet(element: ElementFormat, capabilities: Capabilities) -> Support:
-    return Support("unsupported", "not written yet")
-
-
 _ARITHMETIC = "integer and fp32 arithmetic"
 
 # What stands behind a comma is the rounding; quantize_pair is quantize.
@@ -76,16 +72,15 @@ OPS: dict[str, Callable[[ElementFormat, Capabilities], Support]] = {
     "quantize, stochastic": _quantize_stochastic,
     "dequantize": _dequantize,
     "matmul": _matmul,
-    "linear": _not_yet,
+    "linear": _matmul,
 }
 
 
 def support(op: str, element: ElementFormat, capabilities: Capabilities | None) -> Support:
     """How `op` serves `element` on a GPU with these capabilities; None is the CPU."""
-    found = OPS[op](element, capabilities or NONE)
-    if capabilities is None and found.kind != "unsupported":
+    if capabilities is None:
         return Support("decoded", "the PyTorch reference: tables and search in float64")
-    return found
+    return OPS[op](element, capabilities)
 
 
 def support_matrix(capabilities: Capabilities | None) -> dict[str, dict[str, Support]]:

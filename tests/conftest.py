@@ -7,6 +7,7 @@ instead. Both are skipped, with the reason printed, where they cannot run.
 from __future__ import annotations
 
 import os
+import tempfile
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ except ImportError:  # a machine that only runs the GPU's tests may lack it
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read while Triton is imported, so before any test module is
+
+os.environ["MXKERNELS_CACHE"] = f"{tempfile.gettempdir()}/mxkernels-tests-{os.getpid()}"  # not the user's configs
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism

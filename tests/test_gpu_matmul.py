@@ -83,12 +83,13 @@ def test_fp8_path(shape: tuple[int, int, int], kinds: tuple[str, str]) -> None:
 @pytest.mark.parametrize("shape", [(3, 5, 7), (200, 328, 1040), (256, 384, 4096), (1000, 24, 8190)], ids=str)
 @pytest.mark.parametrize("kinds", asymmetric_pairs(), ids=" x ".join)
 def test_offsets_on_the_fp8_path(shape: tuple[int, int, int], kinds: tuple[str, str]) -> None:
-    """Of signed data the tensor cores lose so little that no term of the correction can be missing."""
+    """Closer than the contract asks, so that no term of the correction can be missing: each step of 32 drops up to
+    33 times 2**-13 of its largest number, and partial sums of signed data stay below the sum of magnitudes / 16."""
     m, n, k = shape
     a, b = here(m, k, kinds[0]), here(n, k, kinds[1], 1)
     for left, right in ((a, b), (b, a)):
         error = (run(left, right, "fp8").double() - decoded(left) @ decoded(right).T).abs()
-        assert (error <= 1e-4 * (magnitude(left) @ magnitude(right).T)).all()
+        assert (error <= 33 * 2.0**-13 * (magnitude(left) @ magnitude(right).T)).all()
 
 
 def test_offsets_beyond_the_window_take_the_wide_path() -> None:

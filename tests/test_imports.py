@@ -135,6 +135,7 @@ import sys, torch
 before = set(sys.modules)
 import mxkernels
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(sorted(new & {"triton", "click", "tabulate", "matplotlib", "platformdirs", "filelock"}), torch.cuda.is_initialized())
+late = {"triton", "click", "tabulate", "matplotlib", "platformdirs", "filelock"}
+print(sorted(new & late), torch.cuda.is_initialized())
 """
     assert run(code) == "[] False"

@@ -16,6 +16,7 @@ from mxkernels.nn import MXLinear
 from mxkernels.ops import linear
 from mxkernels.recipes import RECIPES, Product, Recipe
 
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 each_recipe = pytest.mark.parametrize("name", RECIPES)
 
 
@@ -69,6 +70,15 @@ def test_parameters_as_in_linear() -> None:
     for copied in (copy.deepcopy(layer), saved_and_loaded(layer)):
         assert copied.recipe == layer.recipe
         assert torch.equal(copied(ordinary(4, 32)), layer(ordinary(4, 32)))
+
+
+@each_recipe
+def test_shapes_without_data(name: str) -> None:
+    """On the meta device, with gradients."""
+    layer, x = MXLinear(32, 48, device="meta", recipe=name), torch.ones(4, 32, device="meta", requires_grad=True)
+    y = layer(x)
+    y.backward(torch.ones_like(y))
+    assert (y.shape, x.grad.shape, layer.weight.grad.shape) == ((4, 48), (4, 32), (48, 32))
 
 
 def saved_and_loaded(module: nn.Module) -> Any:
@@ -197,7 +207,7 @@ def test_both_operands_have_the_same_signs_when_traced() -> None:
     assert all((one - other).norm() < 8 * 2.0**-9 * other.norm() for one, other in results)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@needs_compiler
 def test_compiled_by_inductor() -> None:
     """Gradients to the bit where nothing is drawn (inductor draws otherwise than eager PyTorch); repeated where it
     is."""
@@ -213,17 +223,14 @@ def test_compiled_by_inductor() -> None:
     assert max(spread) < 0.5  # two stochastic roundings of e2m1 differ by a quarter or so
 
 
-def test_a_compiler_keeps_what_is_packed() -> None:
-    """Between forward and backward, x is there in 4.25 bits, though a compiler chooses what to keep."""
+@needs_compiler
+def test_inductor_keeps_what_is_packed() -> None:
+    """Between forward and backward x is there in 4.25 bits, though the compiler chooses what to keep."""
     torch._dynamo.reset()
-    layer = MXLinear(256, 32, False)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = ordinary(128, 256, dtype=torch.bfloat16).requires_grad_()
-    saved: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each) or each, lambda each: each):
-        compiled(x)
-    kept = sum(each.nbytes for each in saved if each.data_ptr() != layer.weight.data_ptr())
-    assert kept == x.numel() * 17 // 32
+    y = torch.compile(MXLinear(256, 32, False), fullgraph=True)(x)
+    kept = [each for each in y.grad_fn.saved_tensors if each.shape != (32, 256)]
+    assert sum(each.nbytes for each in kept) == x.numel() * 17 // 32
 
 
 def test_compiled_evaluation() -> None:

@@ -24,6 +24,7 @@ DOCUMENTS = [
     "docs/numerics.md",
     "docs/decisions.md",
     "docs/speed.md",
+    "docs/training.md",
 ]
 
 

@@ -201,7 +201,8 @@ def test_the_benchmark_names_the_origins(fake_gpu: Become) -> None:
     other = replace(PROBLEM, shape=(1, 4096))
     tune.store({PROBLEM.key: entry(cast(1))}, H200)
     assert config_source(lambda: (found(), found())) == "cache"
-    assert config_source(lambda: (found(other), found(), found(other))) == "rule + cache"
+    third = replace(PROBLEM, shape=(2, 4096))
+    assert config_source(lambda: (found(other), found(), found(third))) == "rule + cache"
     assert config_source(lambda: None) == "reference"
 
 
@@ -355,8 +356,7 @@ def test_without_platformdirs_there_is_no_cache(fake_gpu: Become, monkeypatch: p
 
 
 def test_the_platforms_place_for_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    import platformdirs
-
+    platformdirs = pytest.importorskip("platformdirs")
     monkeypatch.delenv(location.VARIABLE, raising=False)
     assert tune.cache_directory() == platformdirs.user_cache_path("mxkernels", appauthor=False)
 

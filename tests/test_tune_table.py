@@ -260,6 +260,9 @@ HOSTILE: dict[str, bytes] = {
     "the same stamp twice": json.dumps({"sections": [GOOD, GOOD]}).encode(),
     "NaN": b'{"sections": [NaN]}',
     "infinity": b'{"sections": [1e999]}',
+    "an infinite time": json.dumps({"sections": [{**GOOD, "entries": {"key": {"after_us": 9}}}]})
+    .replace("9", "1e999")
+    .encode(),
     "a huge integer": b'{"sections": [' + b"9" * 5000 + b"]}",
     "deep nesting": b"[" * 1_000_000,
     "deep objects": b'{"a":' * 100_000,

@@ -58,8 +58,7 @@ def linear(
     """
     recipe = recipe_named(recipe)
     _check(x, weight, bias)
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype = _autocast_dtype(x.device.type) or x.dtype
     if recipe.emulate:
         return emulated_linear(x, weight, bias, recipe, dtype)
     given = (x, weight) if bias is None else (x, weight, bias)
@@ -90,20 +89,21 @@ class _Linear(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: a checkpoint gives them no second time
         *x_parts, x_signs = saved[:4]
         *weight_parts, weight_signs = saved[4:]
-        product, other = recipe.data_gradient, recipe.weight_gradient
+        data_gradient, weight_gradient = recipe.data_gradient, recipe.weight_gradient
         dy = as_matrix(gradient)
-        seeds = draw_seeds((product.left, product.right, other.left), dy.device)
+        seeds = draw_seeds((data_gradient.left, data_gradient.right, weight_gradient.left), dy.device)
         dx = dweight = dbias = None
         if for_x:
-            folds = folds_at_once(product, dy.device)
-            use = Use.of(product, product.right, weight_signs, seeds[1])
+            folds = folds_at_once(data_gradient, dy.device)
+            use = Use.of(data_gradient, data_gradient.right, weight_signs, seeds[1])
             right = _weight_for_backward(weight_parts, recipe, (n, k), use, dtype, folds)
-            left = made(dy, Use.of(product, product.left, weight_signs, seeds[0]), dtype, folds)
+            use = Use.of(data_gradient, data_gradient.left, weight_signs, seeds[0])
+            left = made(dy, use, dtype, folds)
             dx = multiplied(left, right, None, x_dtype).view(*gradient.shape[:-1], k)
         if for_weight:
-            use = Use.of(other, other.left, x_signs, seeds[2])
-            left = made(dy.T, use, dtype, folds_at_once(other, dy.device))
-            right = restored(x_parts, other.right, k, other.length(dy.shape[0]))
+            use = Use.of(weight_gradient, weight_gradient.left, x_signs, seeds[2])
+            left = made(dy.T, use, dtype, folds_at_once(weight_gradient, dy.device))
+            right = restored(x_parts, weight_gradient.right, k, weight_gradient.length(dy.shape[0]))
             dweight = multiplied(left, right, None, weight_dtype)
         if for_bias:
             dbias = dy.sum(0, dtype=torch.float32).to(bias_dtype)
@@ -120,16 +120,19 @@ def _forward(
     keep_weight: bool,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
     """The output; and, of x and of the weight, the parts and the signs that backward needs, eight in all."""
-    forward, data, gradient = recipe.forward, recipe.data_gradient, recipe.weight_gradient
+    forward, data_gradient, weight_gradient = recipe.forward, recipe.data_gradient, recipe.weight_gradient
     matrix = as_matrix(x)
     # Drawn whatever is kept: a reentrant checkpoint runs without gradients first, and must draw the same again.
-    seeds = draw_seeds((forward.left, forward.right, gradient.right, data.right), x.device)
-    signs, x_signs, weight_signs = (draw_signs(product, matrix) for product in (forward, gradient, data))
+    seeds = draw_seeds((forward.left, forward.right, weight_gradient.right, data_gradient.right), x.device)
+    signs = draw_signs(forward, matrix)
+    x_signs = draw_signs(weight_gradient, matrix)
+    weight_signs = draw_signs(data_gradient, matrix)
     folds = folds_at_once(forward, x.device)
 
     use = Use.of(forward, forward.left, signs, seeds[0])
     if keep_x:
-        left, kept = made_both(matrix, use, Use.of(gradient, gradient.right, x_signs, seeds[2]), dtype)
+        across = Use.of(weight_gradient, weight_gradient.right, x_signs, seeds[2])
+        left, kept = made_both(matrix, use, across, dtype)
         x_parts = parts(kept)
     else:
         left, x_parts = made(matrix, use, dtype, folds), NOTHING
@@ -143,7 +146,8 @@ def _forward(
         right = made(weight, use, dtype)
         weight_parts = parts(right)
     else:
-        right, kept = made_both(weight, use, Use.of(data, data.right, weight_signs, seeds[3]), dtype)
+        across = Use.of(data_gradient, data_gradient.right, weight_signs, seeds[3])
+        right, kept = made_both(weight, use, across, dtype)
         weight_parts = parts(kept)
 
     y = multiplied(left, right, bias, dtype).view(*x.shape[:-1], weight.shape[0])
@@ -168,6 +172,13 @@ def _weight_for_backward(
         return restored(saved, use.spec, k, recipe.data_gradient.length(n))
     assert saved[0] is not None
     return made(saved[0].T, use, dtype, folds)
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    """None where autocast is off, or does not exist, as on the meta device."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
 
 
 def _check(x: Any, weight: Any, bias: Any) -> None:

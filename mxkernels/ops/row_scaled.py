@@ -26,18 +26,19 @@ def row_scaled(x: torch.Tensor, spec: RowScaled) -> RowScaledTensor:
     """A matrix, each row scaled so that its largest magnitude is the format's: NaN or Inf makes NaN of the row."""
     dtype = _DTYPES[spec.element]
     largest = x.abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros((x.shape[0], 1))
-    scale = (largest.float() / torch.finfo(dtype).max).clamp(min=torch.finfo(torch.float32).tiny)
+    # times the reciprocal, which is what a GPU makes of a division by a number
+    scale = (largest.float() * (1 / torch.finfo(dtype).max)).clamp(min=torch.finfo(torch.float32).tiny)
     return RowScaledTensor((x / scale).to(dtype).contiguous(), scale)
 
 
 def row_scaled_product(
     a: RowScaledTensor, b: RowScaledTensor, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """`a @ b.T + bias`, by FP8 tensor cores (with fast accumulation) where they take the operands."""
+    """`a @ b.T + bias`, by FP8 tensor cores, with partial sums promoted to fp32, where they take the operands."""
     if a.codes.is_cuda and _is_native(a, b):
         bias = None if bias is None else bias.to(torch.bfloat16)
         out = torch._scaled_mm(
-            a.codes, b.codes.T, a.scale, b.scale.T, bias, out_dtype=torch.bfloat16, use_fast_accum=True
+            a.codes, b.codes.T, a.scale, b.scale.T, bias, out_dtype=torch.bfloat16, use_fast_accum=False
         )
         return out.to(dtype)
     # FP8 is exact in bf16; a row's scale is the same for all of a sum

@@ -34,16 +34,17 @@ def share(group: distributed.ProcessGroup | None = None) -> None:
     """Have all ranks use the entries of rank 0's cache: a collective, to call once all are there.
 
     Caches differ between hosts, and change while a job runs, so ranks do without until this is called. What it
-    shares holds until it is called again. Of one process it does nothing.
+    shares holds until it is called again. Of one process it does nothing. What a process launched before it joined
+    the others it launches again as before, until it meets a new problem or shares.
 
     Args:
         group: the processes that take part, the first of which is rank 0; None is all.
 
     Raises:
-        RuntimeError: the ranks have not all the same GPU, Triton and kernels; nothing is shared.
+        RuntimeError: the ranks have not all the same GPU, Triton and kernels; what was shared before stays.
     """
     global _shared
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not (distributed.is_available() and distributed.is_initialized() and one_of_many()):
         return
     mine = Stamp.of(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else None
     stamps: list[Stamp | None] = [None] * distributed.get_world_size(group)

@@ -49,15 +49,13 @@ def _sources(stamp: Stamp, one_of_many: bool) -> tuple[Source, ...]:
 
 def _cache(stamp: Stamp, one_of_many: bool) -> list[Source]:
     """The user's cache as it may be used: among ranks, what rank 0 shared of its own."""
+    shared = ranks.shared_entries(stamp)
+    if shared is not None:
+        return [Source("cache", Path("rank 0"), shared)]
     try:
         path = cache_path(stamp)
     except TableError:
-        path = None
-    shared = ranks.shared_entries(stamp)
-    if shared is not None:
-        return [Source("cache", path or Path("rank 0"), shared)]
-    if path is None:
-        return []
+        return []  # there is no place for one
     try:
         table = load(path)
     except TableError as error:
@@ -66,18 +64,14 @@ def _cache(stamp: Stamp, one_of_many: bool) -> list[Source]:
     entries, faults = table.entries(stamp)
     if one_of_many:
         if entries:
-            _warn(
-                path, f"{path} is left out, since the ranks' caches may differ; mxkernels.tune.share() shares rank 0's"
-            )
+            _warn(path, f"{path} is left out: ranks' caches may differ; mxkernels.tune.share() shares that of rank 0")
         return []
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         _warn(path, f"{path} has an entry that is left out{more}: {faults[0]}")
     if table.sections and stamp not in table.sections:
         other = max(table.sections, key=lambda each: (each.triton == stamp.triton, each.kernels == stamp.kernels))
-        _warn(
-            path, f"{path} is left out: it was measured with {other.differences(stamp)}; `mxkernels tune` does so again"
-        )
+        _warn(path, f"{path} is left out: measured with {other.differences(stamp)}; `mxkernels tune` does it again")
     return [Source("cache", path, entries)]
 
 

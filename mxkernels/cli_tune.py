@@ -1,0 +1,342 @@
+"""The `mxkernels tune` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import torch
+from tabulate import tabulate
+
+from . import gpu
+from .arguments import Mistake, activations_named, checked, each, product_shapes, shapes_named, spec_named, writable
+from .bench import DTYPES
+from .bench_products import Source
+from .environment import triton_version
+from .perf import DEFAULT_SHAPE, DEFAULT_WEIGHT, ROWS, SHAPES, Shape
+from .prepared import MAX_ROWS
+from .problems import CASTS, cast_problems, product_problems
+from .spec import Block, MXSpec, ScaleRounding
+from .tune import Problem, Stamp, TableError, cache_path
+from .tune.limits import Footprint, Limits
+from .tune.search import Breadth, Result, compile_all, shortlist, survivors
+from .tuner import make_compiler, problems_of, task, tune_problems, tuning_device, untuned
+
+OPS = (*CASTS, "matmul")
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def op_named(text: str) -> str:
+    if text not in OPS:
+        raise ValueError(f"{text!r} is no op; allowed: {', '.join(OPS)}")
+    return text
+
+
+def seconds_named(text: str) -> float:
+    """`90`, `90s`, `1.5m`, `1h`."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS else (text, "s")
+    try:
+        seconds = float(number) * _UNITS[unit]
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"{text!r} is no time; allowed: seconds such as 60 or 60s, or 2m, 1h")
+    return seconds
+
+
+def architecture_named(text: str) -> str:
+    if text not in gpu.ARCHITECTURES:
+        raise ValueError(f"{text!r} is no architecture; allowed: {', '.join(gpu.ARCHITECTURES)}")
+    return text
+
+
+@click.command(short_help="Find the fastest configs for this GPU, and keep them.")
+@click.option(
+    "--op",
+    "ops",
+    multiple=True,
+    default=["quantize", "dequantize", "matmul"],
+    metavar="OP",
+    callback=each(op_named),
+    help=f"{', '.join(OPS)}. A matmul brings the casts and folds of its operands with it. Repeat it, or separate with "
+    "commas.  [default: quantize,dequantize,matmul]",
+)
+@click.option(
+    "--fmt",
+    "specs",
+    multiple=True,
+    default=["e2m1"],
+    metavar="NAME",
+    callback=each(spec_named),
+    help="Element format, or a preset such as mxfp4. Repeat it, or separate with commas.  [default: e2m1]",
+)
+@click.option(
+    "--block",
+    "blocks",
+    multiple=True,
+    metavar="RxC",
+    callback=each(Block.parse),
+    help="Elements that share a scale. Repeat it, or separate with commas.  [default: 1x32, or the preset's]",
+)
+@click.option("--rounding", type=click.Choice(["rtne", "stochastic", "sr"]), help="Of the elements.  [default: rtne]")
+@click.option(
+    "--scale-rounding",
+    "--scale",
+    type=click.Choice(get_args(ScaleRounding)),
+    help="Of the scales.  [default: even, or the preset's]",
+)
+@click.option("--asymmetric", is_flag=True, help="With an fp16 offset a block.")
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="SHAPE",
+    callback=each(shapes_named),
+    help="RxC of a matrix, which is the weights [N, K] of a matmul whose M is "
+    f"{', '.join(map(str, ROWS['cuda']))}; MxNxK of a matmul; or the layers of a model: {', '.join(SHAPES)}. A config "
+    "serves all M up to the next power of two. Repeat it, or separate with commas.  [default: 16384x16384 and, of a "
+    "matmul, 8192x8192]",
+)
+@click.option(
+    "--activations",
+    metavar="NAME",
+    callback=checked(activations_named),
+    help="A matmul's left operand: a format or preset, bfloat16 or float16.  [default: as --fmt]",
+)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", help="Of the plain side of casts.")
+@click.option(
+    "--budget",
+    default="60s",
+    metavar="TIME",
+    callback=checked(seconds_named),
+    help="For each problem, on average: 90, 90s or 2m. Most need far less.  [default: 60s]",
+)
+@click.option("--jobs", type=click.IntRange(1), help="Processes that compile.  [default: one a CPU]")
+@click.option("--resume", is_flag=True, help="Leave out what is stored for this GPU, Triton and these kernels already.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done. Needs no GPU.")
+@click.option(
+    "--architecture",
+    metavar="NAME",
+    callback=checked(architecture_named),
+    help="With --dry-run: compile for such a GPU, sm_90 for one, and say how many candidates are left then.",
+)
+@click.option(
+    "--export",
+    "path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    callback=checked(writable),
+    help="Store the configs in FILE, a table that can be shipped, and not in the cache.",
+)
+def tune(
+    ops: list[str],
+    specs: list[MXSpec],
+    blocks: list[Block],
+    rounding: str | None,
+    scale_rounding: str | None,
+    asymmetric: bool,
+    shapes: list[list[tuple[str, Shape]]],
+    activations: Source | None,
+    dtype: str,
+    budget: float,
+    jobs: int | None,
+    resume: bool,
+    dry_run: bool,
+    architecture: str | None,
+    path: Path | None,
+) -> None:
+    """Find the fastest configs for the GPU at hand. Later calls use them; they decide speed, never a byte of a cast.
+
+    \b
+    mxkernels tune                                             the most common problems
+    mxkernels tune --shape llama3-8b --fmt mxfp4               the layers of a model
+    mxkernels tune --op quantize --block 4x4 --shape 8192x4096
+    mxkernels tune --op matmul --shape 4096x14336x4096 --budget 20s
+    mxkernels tune --shape llama3-70b --resume                 go on after an interruption
+    mxkernels tune --dry-run                                   what would be done
+    mxkernels tune --export nvidia-h200.json                   a table for others
+
+    A problem is one kernel on one kind of operands and shape. Its candidates are ranked by a model, the best are
+    compiled, and what does not spill is run, in a process of its own: one that crashes, hangs or writes something
+    wrong is reported, and out. Casts are compared to the byte, products with the bound of docs/numerics.md. What beats
+    the present config by more than the noise is kept. Each result is stored when it is found.
+
+    From Python, for the problems of a training step: mxkernels.autotune(lambda: step(model, batch)).
+    """
+    if architecture is not None and not dry_run:
+        raise Mistake("Invalid value for '--architecture': configs are measured on the GPU at hand; allowed: --dry-run")
+    if triton_version() is None:
+        raise Mistake("Triton is not installed, and nothing can be compiled; pip install 'mxkernels[triton]'")
+    overrides: dict[str, Any] = {
+        "rounding": "stochastic" if rounding == "sr" else rounding,
+        "scale_rounding": scale_rounding,
+        "symmetric": False if asymmetric else None,
+    }
+    blocked = [{**overrides, "block": block} for block in blocks] or [overrides]
+    chosen = [_overridden(spec, override) for spec in specs for override in blocked]
+    device = None if architecture or (dry_run and not torch.cuda.is_available()) else _device()
+    limits = Limits.of(device) if device else Limits(architecture or "sm_90")
+    problems = _problems(ops, chosen, shapes, activations, overrides, DTYPES[dtype], limits)
+    if resume:
+        problems = _remaining(problems, device, path)
+    if dry_run:
+        _dry_run(problems, limits, device, budget, jobs, architecture is not None)
+        return
+    assert device is not None
+    results = _tuned(problems, device, budget=budget, jobs=jobs, path=path)
+    if results:
+        click.echo(results_table(results))
+
+
+def _device() -> torch.device:
+    try:
+        return tuning_device()
+    except ValueError as error:
+        raise Mistake(str(error)) from None
+
+
+def _overridden(spec: MXSpec, override: dict[str, Any]) -> MXSpec:
+    """The spec with what the options say; None is an option left out."""
+    return replace(spec, **{name: value for name, value in override.items() if value is not None})
+
+
+def _problems(
+    ops: list[str],
+    specs: list[MXSpec],
+    shapes: list[list[tuple[str, Shape]]],
+    activations: Source | None,
+    overrides: dict[str, Any],
+    dtype: torch.dtype,
+    limits: Limits,
+) -> list[Problem]:
+    """Shape by shape, so that what compiles to the same kernels is far apart."""
+    named = [pair for preset in shapes for pair in preset]
+    casts = [op for op in ops if op in CASTS]
+    matrices = [shape for _, shape in named if len(shape) == 2] if named else [DEFAULT_SHAPE["cuda"]]
+    if any(len(shape) not in (2, 3) for _, shape in named) or (named and not matrices and "matmul" not in ops):
+        raise Mistake("Invalid value for '--shape': allowed: RxC, or MxNxK of a matmul")
+    able = limits.capabilities
+    found = [
+        problem
+        for rows, cols in (shape for shape in matrices)
+        for spec in specs
+        for op in casts
+        for problem in cast_problems(op, spec, rows, cols, dtype, able)
+    ]
+    if "matmul" in ops:
+        for _, (m, n, k) in product_shapes(named or [("", DEFAULT_WEIGHT["cuda"])], ROWS["cuda"]):
+            for b in specs:
+                for a in _left(activations, b, overrides, m):
+                    found += product_problems(m, n, k, a, b, able)
+    return problems_of(found)
+
+
+def _left(activations: Source | None, b: MXSpec, overrides: dict[str, Any], m: int) -> list[Source]:
+    """The left operands of products with m rows of activations: few rows are multiplied plain too, unless they are
+    said to be something else."""
+    if isinstance(activations, MXSpec):
+        return [_overridden(activations, overrides)]
+    if activations is not None:
+        return [activations]
+    return [b, torch.bfloat16] if m <= MAX_ROWS else [b]
+
+
+def _remaining(problems: list[Problem], device: torch.device | None, path: Path | None) -> list[Problem]:
+    if device is None:
+        return problems
+    try:
+        left = untuned(problems, Stamp.of(device), path)
+    except TableError as error:
+        raise Mistake(str(error)) from None
+    click.echo(f"{len(problems) - len(left)} of {len(problems)} problems are stored already.", err=True)
+    return left
+
+
+def _tuned(problems: list[Problem], device: torch.device, **options: Any) -> list[Result]:
+    line = ProgressLine()
+    try:
+        results = tune_problems(problems, device, progress=line, **options)
+        place = options["path"] or cache_path(Stamp.of(device))
+    except TableError as error:
+        raise Mistake(str(error)) from None
+    finally:
+        line.clear()
+    click.echo(f"Stored in {place}.", err=True)
+    return results
+
+
+class ProgressLine:
+    """The terminal's last line: how much of a stage is done, and the time left."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._start = 0.0
+
+    def __call__(self, stage: str, done: int, total: int, text: str) -> None:
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._start = stage, now
+        if not sys.stderr.isatty():
+            return
+        left = f", {clock((now - self._start) / done * (total - done))} left" if done else ""
+        verb = {"compile": "compiling", "measure": "measuring"}[stage]
+        click.echo(f"\r\x1b[K{verb} {done}/{total}{left}  {text}"[:150], nl=False, err=True)
+
+    def clear(self) -> None:
+        if sys.stderr.isatty():
+            click.echo("\r\x1b[K", nl=False, err=True)
+
+
+def clock(seconds: float) -> str:
+    """`1:05`."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def results_table(results: Sequence[Result]) -> str:
+    """A line for each problem; and below what failed, candidate by candidate."""
+    rows = []
+    for result in results:
+        times = [f"{us:.1f}" if us else "–" for us in (result.before_us, result.after_us)]
+        shares = [f"{value:.2f}" if value else "–" for value in (result.gain, result.share_of_limit)]
+        rows.append([result.problem, *times, *shares, result.before.origin, result.config])
+    headers = ["problem", "before µs", "after µs", "gain", "of limit", "before by", "config"]
+    lines = [tabulate(rows, headers, tablefmt="simple", disable_numparse=True)]
+    for result in results:
+        lines += [f"failed: {result.problem}, {fault}" for fault in result.faults]
+    return "\n".join(lines)
+
+
+def _dry_run(
+    problems: list[Problem],
+    limits: Limits,
+    device: torch.device | None,
+    budget: float,
+    jobs: int | None,
+    compiles: bool,
+) -> None:
+    tasks = [task(problem, limits, device) for problem in problems]
+    chosen = [shortlist(each, limits, Breadth().compiled) for each in tasks]
+    rows: list[list[Any]] = [
+        [each.problem, each.before.origin, len(each.candidates), len(configs)]
+        for each, configs in zip(tasks, chosen, strict=True)
+    ]
+    headers = ["problem", "config by", "candidates", "to compile"]
+    if compiles:
+        requests = [(each.problem, config) for each, configs in zip(tasks, chosen, strict=True) for config in configs]
+        line, seconds = ProgressLine(), budget * len(problems)
+        outcomes = compile_all(requests, partial(make_compiler, limits), jobs or os.cpu_count() or 1, seconds, line)
+        line.clear()
+        headers += ["compiled", "to run"]
+        for row, each, configs in zip(rows, tasks, chosen, strict=True):
+            found = {config: outcomes.get((each.problem, config)) for config in configs}
+            row += [sum(isinstance(one, Footprint) for one in found.values())]
+            row += [len(survivors(each, found, limits, Breadth().run)[0])]
+    click.echo(tabulate(rows, headers, tablefmt="simple"))
+    click.echo(f"{len(problems)} problems, {clock(budget * len(problems))} at the most.", err=True)

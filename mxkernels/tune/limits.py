@@ -1,0 +1,91 @@
+"""What a GPU has for programs, and what a compiled kernel takes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .. import gpu
+from .config import Config, HopperConfig
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What configs are pruned by. The defaults are those of a large Hopper GPU, for one that is not here.
+
+    Attributes:
+        architecture: `sm_90`, `gfx950` …
+        processors: multiprocessors.
+        shared_bytes: of a program.
+        processor_shared_bytes, registers, warps, programs: of a multiprocessor at a time.
+        gbps: 10^9 bytes a second between memory and processors.
+        ghz: their clock. Each issues four instructions of a warp in a cycle.
+    """
+
+    architecture: str
+    processors: int = 132
+    shared_bytes: int = 232448
+    processor_shared_bytes: int = 233472
+    registers: int = 65536
+    warps: int = 64
+    programs: int = 32
+    gbps: float = 4200.0
+    ghz: float = 1.7
+
+    @classmethod
+    def of(cls, device: torch.device) -> Limits:
+        """Those of a CUDA or ROCm device; what PyTorch does not tell of it is as by default."""
+        properties = torch.cuda.get_device_properties(device)
+        told = {
+            "processors": properties.multi_processor_count,
+            "shared_bytes": getattr(properties, "shared_memory_per_block_optin", 0),
+            "processor_shared_bytes": getattr(properties, "shared_memory_per_multiprocessor", 0),
+            "registers": getattr(properties, "regs_per_multiprocessor", 0),
+            "warps": properties.max_threads_per_multi_processor // properties.warp_size,
+        }
+        return cls(gpu.architecture(device), **{name: value for name, value in told.items() if value})
+
+    @property
+    def capabilities(self) -> gpu.Capabilities:
+        return gpu.capabilities(self.architecture)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What the compiler made of a kernel: bytes spilled and registers a thread, bytes of shared memory a program,
+    and machine instructions (0 where they were not counted)."""
+
+    spilled_bytes: int
+    registers: int
+    shared_bytes: int
+    instructions: int = 0
+
+    def exceeds(self, config: Config, limits: Limits) -> str | None:
+        """Why a kernel is not worth launching, or cannot be; None if nothing is known against it."""
+        if self.spilled_bytes:
+            return f"it spills {self.spilled_bytes} bytes a thread"
+        if self.shared_bytes > limits.shared_bytes:
+            return f"it takes {self.shared_bytes} bytes of shared memory, of {limits.shared_bytes}"
+        registers = self.registers * threads(config)
+        if registers > limits.registers and not isinstance(config, HopperConfig):  # which shares them out anew
+            return f"it takes {registers} registers, of {limits.registers}"
+        return None
+
+
+def threads(config: Config) -> int:
+    """Of a program."""
+    return 32 * (12 if isinstance(config, HopperConfig) else config.num_warps)
+
+
+def resident(config: Config, limits: Limits, footprint: Footprint) -> int:
+    """How many programs a multiprocessor has at a time."""
+    return max(
+        min(
+            limits.registers // max(footprint.registers * threads(config), 1),
+            limits.processor_shared_bytes // (footprint.shared_bytes + 1024),  # which each takes besides
+            limits.warps * 32 // threads(config),
+            limits.programs,
+        ),
+        1,
+    )

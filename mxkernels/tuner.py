@@ -1,0 +1,289 @@
+"""The tuner: finds the fastest configs for problems on the GPU at hand, and keeps them for later calls.
+
+What a config is, where it is looked up and how candidates compete is `tune`'s affair; here are the problems, the
+processes that compile and run their launches, and what becomes of the results.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from datetime import date, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from .tune import Choice, Config, Entry, Problem, Stamp, cache_path, find_config, load, recording, share, store
+from .tune.limits import Footprint, Limits
+from .tune.search import Breadth, Progress, Result, Task, search
+from .tune.space import candidates
+from .tune.worker import Handler
+
+_CEILING_S = 0.1  # that each limit is measured
+
+
+def autotune(
+    what: Callable[[], object] | Problem | Iterable[Problem],
+    *,
+    budget: float = 60.0,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+    path: Path | None = None,
+) -> list[Result]:
+    """Find the fastest configs, and store them for later calls, in this process and others.
+
+        mxkernels.autotune(lambda: train_step(model, batch))
+
+    Args:
+        what: a callable, which is run once, and every problem that it meets is tuned; or the problems.
+        budget: seconds for each problem, on average; most need far fewer.
+        jobs: processes that compile; None is one a CPU.
+        progress: called with the stage ("compile" or "measure"), how much of it is done, of how much, and what is next.
+        path: of the table that is written; None is the user's cache.
+
+    Returns:
+        A result for each problem: before, after, the limit, and the candidates that failed. Each is stored as soon as
+        it is there.
+
+    Raises:
+        ValueError: there is no GPU, or `what` met no problem.
+        tune.TableError: the table cannot be written.
+
+    In a job of many processes all call it: each runs `what`, the first tunes what it met, and all use what it found.
+    """
+    device = tuning_device()
+    problems = problems_of(what)
+    options: dict[str, Any] = {"budget": budget, "jobs": jobs, "progress": progress, "path": path}
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return tune_problems(problems, device, **options)
+    return _on_the_first_rank(partial(tune_problems, problems, device, **options))
+
+
+def tuning_device() -> torch.device:
+    """The current GPU.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("torch sees no GPU, and configs are found by measuring; `mxkernels tune --dry-run` needs none")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def problems_of(what: Callable[[], object] | Problem | Iterable[Problem]) -> list[Problem]:
+    """The problems, one for each key: the largest, where several share a config."""
+    if isinstance(what, Problem):
+        return [what]
+    if callable(what):
+        with recording() as met:
+            what()
+        what = list(met)
+        if not what:
+            raise ValueError("what met no problem: it ran no op of this library on a GPU")
+    by_key: dict[str, Problem] = {}
+    for problem in what:
+        if not isinstance(problem, Problem):
+            raise TypeError(f"what has a {type(problem).__name__}; allowed: a callable, a Problem, or several of them")
+        known = by_key.setdefault(problem.key, problem)
+        if problem.shape > known.shape:
+            by_key[problem.key] = problem
+    return list(by_key.values())
+
+
+def tune_problems(
+    problems: Sequence[Problem],
+    device: torch.device,
+    *,
+    budget: float,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+    path: Path | None = None,
+    breadth: Breadth | None = None,
+) -> list[Result]:
+    """`autotune` of problems, in this process alone."""
+    limits, stamp = Limits.of(device), Stamp.of(device)
+    path = store({}, stamp, path)  # what cannot be written is said before anything is measured
+
+    def found(result: Result) -> None:
+        if result.before_us is not None and result.after_us is not None:
+            entry = Entry(result.config, result.before_us, result.after_us, date.today().isoformat())
+            store({result.problem.key: entry}, stamp, path)
+
+    return search(
+        [task(problem, limits, device) for problem in problems],
+        limits,
+        partial(make_compiler, limits),
+        partial(make_runner, device, limits),
+        budget_s=budget,
+        jobs=jobs or os.cpu_count() or 1,
+        breadth=breadth,
+        progress=progress or (lambda stage, done, total, text: None),
+        found=found,
+    )
+
+
+def untuned(problems: Iterable[Problem], stamp: Stamp, path: Path | None = None) -> list[Problem]:
+    """Those that a table, or the user's cache, has nothing for."""
+    known = load(path or cache_path(stamp)).entries(stamp)[0]
+    return [problem for problem in problems if problem.key not in known]
+
+
+def task(problem: Problem, limits: Limits, device: torch.device | None = None) -> Task:
+    """What to search through for a problem, on a device, or on one with `limits` that is not here."""
+    from .workloads import META, rule_config, serves, workload
+
+    rule = rule_config(problem, limits)
+
+    def fits(config: Config) -> bool:
+        return serves(problem, config, limits)
+
+    before: Choice[Any] = Choice(rule, "rule")
+    if device is not None:
+        before = find_config(problem, device, lambda: rule, fits)
+    configs = candidates(problem, rule, limits, fits)
+    if before.config not in configs:
+        configs.append(before.config)
+    return Task(problem, workload(problem, META, limits).work, before, tuple(configs))
+
+
+def _on_the_first_rank(tune: Callable[[], list[Result]]) -> list[Result]:
+    """Tune there, have all wait, and all use what was found: results or the exception for every rank."""
+    group = distributed.new_group(backend="gloo", timeout=timedelta(days=1))  # for it may take longer than others wait
+    outcome: list[Any] = [None]
+    if distributed.get_rank() == 0:
+        try:
+            outcome = [tune()]
+        except Exception as error:
+            outcome = [error]
+    distributed.broadcast_object_list(outcome, src=0, group=group)
+    distributed.destroy_process_group(group)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    share()
+    results: list[Result] = outcome[0]
+    return results
+
+
+# --- in processes of their own -----------------------------------------------------------------------------
+
+
+def make_compiler(limits: Limits) -> Handler:
+    """Compiles a problem's launches for a GPU, which need not be here; it leaves them in Triton's cache on disk."""
+    from .tune.aot import compile_launch
+    from .workloads import META, workload
+
+    def compile_config(problem: Problem, config: Config) -> Footprint:
+        launches = workload(problem, META, limits).launches(config)
+        compiled, *_ = [compile_launch(launch, limits.architecture) for launch in launches]
+        counted = problem.op in COUNTED and "ptx" in compiled.texts
+        instructions = len(compiled.sass) if counted else 0
+        return Footprint(compiled.spilled_bytes, compiled.registers, compiled.shared_bytes, instructions)
+
+    return compile_config
+
+
+# Kernels without loops, whose instructions are what they execute.
+COUNTED = ("quantize", "quantize_pair", "dequantize", "fold", "quantize_fold")
+
+
+def make_runner(device: torch.device, limits: Limits) -> Handler:
+    """Runs candidates on a device: see `search`."""
+    return Runner(device, limits)
+
+
+class Runner:
+    """One problem's operands at a time, and the launches of its candidates."""
+
+    def __init__(self, device: torch.device, limits: Limits) -> None:
+        from .perf import Ceilings, ColdTimer
+
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        self.device = device
+        self.limits = limits
+        self._timer = ColdTimer(device)
+        self._ceilings = Ceilings(device, _CEILING_S)
+        self._open: Any = None
+        self._proofs: dict[Problem, Any] = {}
+        self._calls: dict[Config, Callable[[], None]] = {}
+
+    def __call__(self, request: str, *arguments: Any) -> Any:
+        requests: dict[str, Callable[..., Any]] = {"open": self.open, "check": self.check, "time": self.time}
+        return requests[request](*arguments)
+
+    def open(self, problem: Problem) -> float:
+        """Make a problem's operands, and what has to come of them. The least microseconds that it can take."""
+        from .workloads import workload
+
+        self._open, self._proofs, self._calls = None, {}, {}
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._open = workload(problem, self.device, self.limits)
+        return self._limit_us(problem)
+
+    def check(self, problem: Problem, config: Config) -> str | None:
+        """Run a config's launches on the operands, and on those of a proof. What is wrong with what they wrote."""
+        from triton.runtime.errors import OutOfResources
+
+        from .workloads import proof, proof_problem
+
+        proven = proof_problem(problem, config)
+        if proven not in self._proofs:
+            self._proofs[proven] = proof(proven, self.device, self.limits)
+        for each in (self._open, self._proofs[proven]):
+            each.poison()
+            try:
+                call = self._call(each, config)
+            except OutOfResources as error:  # said before anything was launched
+                return str(error)
+            if each is self._open:
+                self._calls[config] = call
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            wrong: str | None = each.difference()
+            if wrong is not None:
+                return wrong
+        return None
+
+    def time(self, problem: Problem, config: Config, samples: int) -> tuple[float, ...]:
+        if config not in self._calls:
+            self._calls[config] = self._call(self._open, config)
+        return self._timer.take(self._calls[config], samples)
+
+    def _call(self, workload: Any, config: Config) -> Callable[[], None]:
+        """Launch, and again at each call."""
+        launches = workload.launches(config)
+        relaunches = [launch.run(self.device) for launch in launches]
+        if self.device.type != "cuda":  # nothing is compiled that could be relaunched
+
+            def call() -> None:
+                for launch in launches:
+                    launch.run(self.device)
+
+            return call
+        steps = [(relaunch, launch.tensors.values()) for relaunch, launch in zip(relaunches, launches, strict=True)]
+
+        def recall() -> None:
+            for relaunch, tensors in steps:
+                relaunch.run(*tensors)
+
+        return recall
+
+    def _limit_us(self, problem: Problem) -> float:
+        """A copy of as many bytes, or the product's operations at the rate of a large one by torch."""
+        work = self._open.work
+        copy_us = self._ceilings.copy(work.read_bytes, work.written_bytes).timing.median_us
+        if len(problem.shape) == 2:
+            return copy_us
+        m, n, k = problem.shape
+        fp8 = problem.op == "native" or "float8" in problem.formats
+        return max(copy_us, 2 * m * n * k / self._tflops("FP8" if fp8 else "bf16") / 1e6)
+
+    def _tflops(self, kind: str) -> float:
+        try:
+            return self._ceilings.product_tflops(kind)
+        except ValueError:  # torch has none
+            return self._ceilings.product_tflops("bf16")

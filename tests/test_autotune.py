@@ -1,0 +1,522 @@
+"""The tuner: problems, what runs and compiles them, what is stored; and the `tune` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="kernels need Triton")
+
+import torch
+import tuning_fakes as fakes
+from click.testing import CliRunner
+from tuned import DEVICE, H200, install
+
+import mxkernels as mx
+from mxkernels import cli_tune, tune, tuner
+from mxkernels.cli import cli
+from mxkernels.problems import CASTS, cast_problems, product_problems
+from mxkernels.tune import CastConfig, Choice, HopperConfig, Problem
+from mxkernels.tune.limits import Limits
+from mxkernels.tune.search import Breadth, Fault, Result, Task
+from mxkernels.tuner import Runner, autotune, problems_of, task, tune_problems, untuned
+from mxkernels.workloads import META, proof, proof_problem, workload
+from mxkernels.workloads.products import Product
+from mxkernels.workloads.workload import gaussian, signs
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+LIMITS = Limits("sm_90")
+E2M1 = "e2m1 1x32 rtne even symmetric"
+QUANTIZE = Problem("quantize", E2M1, "bfloat16", "rows", (40, 300))
+
+
+def product(op: str, formats: str, dtype: str, layout: str, *shape: int) -> Problem:
+    return Problem(op, formats, dtype, layout, shape)
+
+
+STRAIGHT = "straight * straight"
+PROBLEMS = (
+    QUANTIZE,
+    Problem("quantize", "e2m1 4x4 stochastic even asymmetric", "float32", "columns", (40, 300)),
+    Problem("quantize_pair", "e2m3 4x4 stochastic even symmetric", "bfloat16", "rows", (40, 300)),
+    Problem("dequantize", "e4m3 4x4 stochastic even asymmetric", "float16", "rows", (40, 300)),
+    Problem("fold", E2M1, "float8_e5m2", "straight", (40, 300)),
+    Problem("fold", "e2m3 4x4 rtne even symmetric", "float8_e4m3fn", "turned", (40, 300)),
+    Problem("quantize_fold", "e2m1 1x32 stochastic even symmetric", "bfloat16", "rows", (20, 300)),
+    product("multiply", "float8_e5m2 * float8_e4m3fn", "bfloat16", STRAIGHT, 20, 40, 300),
+    product("multiply", "bfloat16 * bfloat16", "float16", "turned * straight", 24, 40, 300),
+    product("multiply", "float32 * float32", "float32", STRAIGHT, 24, 40, 301),
+    product("stream", E2M1, "bfloat16", "stored", 20, 40, 300),
+    product("stream", "int4 1x16 rtne even symmetric", "bfloat16", "prepared", 20, 40, 300),
+    product("decode_multiply", f"plain * packed straight {E2M1}", "bfloat16", "parts", 20, 40, 300),
+    product(
+        "decode_multiply",
+        f"packed turned e4m3 4x4 rtne even asymmetric * packed straight {E2M1}",
+        "float32",
+        "parts",
+        *(20, 40, 300),
+    ),
+    product(
+        "decode_multiply",
+        f"folded straight e5m2 1x32 rtne rceil symmetric * packed straight {E2M1}",
+        "float16",
+        "exact",
+        *(20, 40, 300),
+    ),
+)
+
+
+# --- workloads -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_candidates_give_what_they_should(problem: Problem) -> None:
+    """By the runner's own check, in the interpreter; and what writes something else is found out."""
+    limits = Limits("cpu")
+    config = task(problem, limits).candidates[1 if problem.layout != "exact" else 0]
+    for made in (workload(problem, CPU, limits), proof(problem, CPU, limits)):
+        made.poison()
+        assert made.difference() is not None  # what was not written
+        for launch in made.launches(config):
+            launch.run(CPU)
+        assert made.difference() is None
+        if isinstance(made, Product):
+            assert made.out.float().std() > 1
+            made.out[7, 11] += 1e4 if made.draw is gaussian else 1
+        else:
+            made.outputs[0].view(torch.uint8)[7, 11] ^= 1
+        assert made.difference() is not None
+
+
+@pytest.mark.parametrize("k", [64, 4096, 53248])
+def test_sums_of_signs_are_exact(k: int) -> None:
+    """For tensor cores that truncate too: docs/numerics.md."""
+    a, b = (signs((64, k), k, torch.Generator().manual_seed(seed)) for seed in range(2))
+    assert {-1, 0, 1} == set(a.unique().tolist())
+    assert (a.abs().double() @ b.abs().double().T).max() < 2**13
+
+
+@pytest.mark.interpreter
+def test_the_runner_checks_on_both_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The large outputs are compared with the default config's, the small ones with the reference's."""
+    monkeypatch.setattr(Runner, "_limit_us", lambda self, problem: 1.0)
+    problem = Problem("quantize", E2M1, "bfloat16", "rows", (64, 512))
+    runner, config = Runner(CPU, Limits("cpu")), CastConfig(4, 128, 1)
+    assert runner("open", problem) == 1.0
+    assert runner("check", problem, config) is None
+    assert {each.shape for each in runner._proofs} == {(16, 128)}
+    assert len(runner("time", problem, config, 3)) == 3
+    runner._open.expected[0][0, 0] ^= 1
+    assert "1 bytes of output 0 differ" in runner("check", problem, config)
+    runner._open.expected[0][0, 0] ^= 1
+    next(iter(runner._proofs.values())).expected[1][3, 1] ^= 1
+    assert runner("check", problem, config) == "1 bytes of output 1 differ from the reference's"
+
+
+@pytest.mark.parametrize("shape", [(16384, 16384), (4096, 300), (1, 64), (300, 4097), (17, 8192)])
+@pytest.mark.parametrize("config", [CastConfig(1, 2048, 1), CastConfig(64, 128, 4), CastConfig(4, 512, 2)])
+def test_a_proof_problem_is_compiled_alike(shape: tuple[int, int], config: CastConfig) -> None:
+    """Divisible by what the large one is, whole tiles where that has them, and quick for the reference."""
+    small = proof_problem(Problem("quantize", E2M1, "bfloat16", "rows", shape), config)
+    for large_side, side, tile in zip(shape, small.shape, (config.tile_rows, config.tile_cols), strict=True):
+        assert side <= large_side
+        assert (side % 16 == 0) == (large_side % 16 == 0)
+        assert (side % tile == 0) == (large_side % tile == 0)
+        assert (side == 1) == (large_side == 1)
+    assert small.shape[1] % 128 == shape[1] % 128  # and so the bytes of a row of codes
+    assert small.shape[0] * small.shape[1] <= 1 << 18
+
+
+def test_a_product_is_not_made_small() -> None:
+    assert proof_problem(PROBLEMS[7], HopperConfig(128, 2, 4, 2)) == PROBLEMS[7]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_a_workload_on_the_meta_device(problem: Problem) -> None:
+    """It has the same bytes to move as a real one, and launches of the same kernels."""
+    made, real = workload(problem, META, LIMITS), workload(problem, CPU, Limits("cpu"))
+    assert made.work == real.work
+    config = task(problem, LIMITS).candidates[0]
+    assert all(launch.programs > 0 for launch in made.launches(config))
+
+
+# The JIT's own compilation of the launches, after that for a GPU that is not here: it is to find all in the cache.
+HITS = """
+import os, glob, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from mxkernels import tuner
+from mxkernels.tune import Problem
+from mxkernels.tune.limits import Limits
+from mxkernels.workloads import META, workload
+
+class Driver:  # as much of a GPU as the JIT asks of before it launches
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_active_torch_device(self): return torch.device("meta")
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def map_python_to_cpp_type(self, name): return name
+
+triton.runtime.driver.set_active(Driver())
+compiled = lambda: len(glob.glob(os.environ["TRITON_CACHE_DIR"] + "/*/*.cubin"))
+limits = Limits("sm_90")
+for text in sys.argv[1:]:
+    problem = Problem.of_key(text)
+    config = tuner.task(problem, limits).candidates[0]
+    tuner.make_compiler(limits)(problem, config)
+    before = compiled()
+    for launch in workload(problem, META, limits).launches(config):
+        launch.kernel.warmup(**launch.arguments, **launch.options, enable_fp_fusion=False, grid=(1,))
+    print(before, compiled())
+"""
+
+
+def test_what_is_compiled_ahead_is_what_the_jit_looks_for(tmp_path: Path) -> None:
+    """Whole matrices and others, a plain kernel, one with descriptors, and one for Hopper."""
+    problems = [
+        Problem("quantize", E2M1, "bfloat16", "rows", (4096, 4096)),
+        Problem("dequantize", "e3m2 1x32 rtne even symmetric", "bfloat16", "rows", (4096, 301)),
+        product("multiply", "bfloat16 * bfloat16", "bfloat16", "turned * straight", 256, 512, 512),
+        product("multiply", "float8_e5m2 * float8_e5m2", "bfloat16", STRAIGHT, 4096, 4096, 4096),
+    ]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", HITS, *(problem.key for problem in problems)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = [tuple(map(int, line.split())) for line in done.stdout.splitlines() if line[:1].isdigit()]
+    assert len(counts) == len(problems)
+    assert all(before == after for before, after in counts)
+    assert counts[-1][0] == len(problems)
+
+
+# --- problems ------------------------------------------------------------------------------------------------
+
+
+def test_problems_of_a_callable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What its launches ask for, once a key: the largest."""
+    install(monkeypatch, tmp_path)
+
+    def step() -> None:
+        for rows in (2000, 2048, 1500, 8):
+            tune.find_config(
+                Problem("quantize", E2M1, "bfloat16", "rows", (rows, 64)), DEVICE, lambda: CastConfig(1, 64, 1)
+            )
+
+    assert [problem.shape for problem in problems_of(step)] == [(2048, 64), (8, 64)]
+    with pytest.raises(ValueError, match="what met no problem"):
+        problems_of(lambda: None)
+    assert problems_of(QUANTIZE) == [QUANTIZE]
+    with pytest.raises(TypeError, match="what has a str; allowed: a callable, a Problem, or several of them"):
+        problems_of(["quantize"])
+
+
+def test_problems_of_casts() -> None:
+    able = LIMITS.capabilities
+    found = {op: cast_problems(op, mx.mxfp4, 64, 128, torch.bfloat16, able) for op in CASTS}
+    assert {op: [(each.op, each.layout) for each in problems] for op, problems in found.items()} == {
+        "quantize": [("quantize", "rows")],
+        "quantize_transposed": [("quantize", "columns")],
+        "quantize_pair": [("quantize_pair", "rows")],
+        "dequantize": [("dequantize", "rows")],
+        "fold": [("fold", "straight"), ("quantize_fold", "rows")],
+        "fold_transposed": [("fold", "turned")],
+    }
+    assert cast_problems("fold", mx.mxfp8_e4m3, 64, 128, torch.bfloat16, able) == []
+
+
+@pytest.mark.parametrize(
+    ("m", "a", "b", "architecture", "ops"),
+    [
+        (1024, mx.mxfp4, mx.mxfp4, "sm_90", ["quantize", "fold", "quantize_fold", "multiply"]),
+        (16, torch.bfloat16, mx.mxfp4, "sm_90", ["quantize", "stream", "stream"]),
+        (1024, torch.bfloat16, mx.mxfp4, "sm_90", ["quantize", "dequantize", "multiply"]),
+        (1024, mx.mxfp8_e4m3, mx.mxfp8_e4m3, "sm_90", ["quantize", "dequantize", "multiply"]),
+        (1024, torch.float16, mx.mxfp4, "sm_90", ["quantize", "decode_multiply"]),
+        (1024, mx.mxfp4, mx.mxfp4, "sm_80", ["quantize", "dequantize", "multiply"]),
+        (1024, mx.mxfp8_e4m3, mx.mxfp8_e4m3, "gfx950", ["quantize", "native"]),
+    ],
+)
+def test_problems_of_products(m: int, a: Any, b: Any, architecture: str, ops: list[str]) -> None:
+    found = product_problems(m, 1024, 1024, a, b, Limits(architecture).capabilities)
+    assert [each.op for each in problems_of(found)] == ops
+    for each in found:
+        assert task(each, Limits(architecture)).candidates
+
+
+# --- tuning --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A machine with a GPU that compiles nothing and runs nothing. Its cache."""
+    install(monkeypatch, tmp_path)
+    monkeypatch.setattr(Limits, "of", classmethod(lambda cls, device: LIMITS))
+    monkeypatch.setattr(tuner, "make_compiler", fakes.counting_compiler)
+    monkeypatch.setattr(tuner, "make_runner", fakes.instant_runner)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    yield tune.cache_path(H200)
+    monkeypatch.undo()
+    tune.events.TABLES_CHANGED.happened()
+
+
+def test_what_is_found_serves_from_then_on(h200: Path) -> None:
+    (result,) = autotune(QUANTIZE, jobs=1)
+    assert (result.before.origin, result.before_us, result.config.wide) == ("rule", 100, True)
+    choice = tune.find_config(QUANTIZE, DEVICE, lambda: result.before.config)
+    assert choice == Choice(result.config, "cache")
+    entry = tune.load(h200).entries(H200)[0][QUANTIZE.key]
+    assert (entry.before_us, entry.after_us) == (result.before_us, result.after_us) == (100, 80)
+    (again,) = autotune(QUANTIZE, jobs=1)
+    assert (again.before.origin, again.config, again.gain) == ("cache", result.config, 1)
+
+
+def test_each_result_is_stored_at_once(h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that an interrupted run can be resumed."""
+    problems = [Problem("quantize", E2M1, "bfloat16", "rows", (64, cols)) for cols in (256, 512)]
+    stored: list[int] = []
+
+    def interrupted(stage: str, done: int, total: int, text: str) -> None:
+        if stage == "measure" and done == 1:
+            stored.append(len(tune.load(h200).entries(H200)[0]))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        autotune(problems, jobs=1, progress=interrupted)
+    assert stored == [1]
+    assert untuned(problems, H200) == problems[1:]
+
+
+def test_another_table(h200: Path, tmp_path: Path) -> None:
+    path = tmp_path / "shipped.json"
+    tune_problems([QUANTIZE], DEVICE, budget=60, jobs=1, path=path)
+    assert QUANTIZE.key in tune.load(path).entries(H200)[0]
+    assert not h200.exists()
+
+
+def test_a_table_that_cannot_be_written_is_refused_before_the_measuring(
+    h200: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tuner, "search", lambda *arguments, **options: pytest.fail("it was searched"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(tune.TableError, match="cannot be written"):
+        tune_problems([QUANTIZE], DEVICE, budget=60, path=tmp_path / "file" / "table.json")
+
+
+def test_without_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match="torch sees no GPU"):
+        autotune(QUANTIZE)
+
+
+@pytest.mark.interpreter
+def test_from_the_first_candidate_to_the_stored_config(h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real compiler, for a GPU that is not here, and the real runner, in the interpreter."""
+    monkeypatch.undo()
+    install(monkeypatch, h200.parents[1])
+    monkeypatch.setattr(Limits, "of", classmethod(lambda cls, device: LIMITS))
+    monkeypatch.setattr(tuner, "make_runner", fakes.interpreter)
+    problem = Problem("quantize", E2M1, "bfloat16", "rows", (16, 128))
+    (result,) = tune_problems([problem], DEVICE, budget=120, jobs=2, breadth=Breadth(3, 2))
+    assert not result.faults
+    assert (result.compiled, result.run) == (3, 2)
+    assert result.before_us > 0
+    assert result.limit_us > 0
+    assert tune.load(h200).entries(H200)[0][problem.key].config == result.config
+
+
+# --- the command -----------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> Any:
+    return CliRunner().invoke(cli, ["tune", *arguments])
+
+
+def test_the_command(h200: Path) -> None:
+    done = command("--op", "quantize,fold", "--shape", "64x512", "--jobs", "1", "--budget", "30")
+    assert done.exit_code == 0, done.output
+    assert "before µs" in done.stdout
+    lines = [line for line in done.stdout.splitlines() if "64x512" in line]
+    assert len(lines) == 3
+    assert all("rule" in line for line in lines)
+    assert f"Stored in {h200}." in done.stderr
+    assert len(tune.load(h200).entries(H200)[0]) == 3
+
+
+def test_resume(h200: Path) -> None:
+    first = ["--op", "quantize", "--shape", "64x512", "--jobs", "1"]
+    assert command(*first).exit_code == 0
+    done = command(*first, "--shape", "64x1024", "--resume")
+    assert "1 of 2 problems are stored already." in done.stderr
+    assert "64x1024" in done.stdout
+    assert "64x512" not in done.stdout
+    done = command(*first, "--resume")
+    assert done.exit_code == 0
+    assert "1 of 1 problems are stored already." in done.stderr
+
+
+def test_export(h200: Path, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    done = command("--op", "quantize", "--shape", "64x512", "--jobs", "1", "--export", str(path))
+    assert done.exit_code == 0, done.output
+    (section,) = json.loads(path.read_text())["sections"]
+    assert (section["gpu"], section["kernels"]) == (H200.gpu, H200.kernels)
+    assert list(section["entries"]) == [f"quantize | {E2M1} | bfloat16 | rows | 64x512"]
+    assert not h200.exists()
+
+
+def test_dry_run() -> None:
+    """Needs no GPU, and lists what would be searched."""
+    done = command("--op", "quantize,matmul", "--shape", "1024x4096x2048", "--block", "4x4", "--dry-run")
+    assert done.exit_code == 0, done.output
+    ops = [line.split()[0] for line in done.stdout.splitlines()[2:]]
+    assert ops == ["quantize", "quantize", "fold", "quantize_fold", "fold", "quantize_fold", "multiply"]
+    assert "7 problems, 7:00 at the most." in done.stderr
+
+
+def test_dry_run_for_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiles, and says how many would run."""
+    monkeypatch.setattr(cli_tune, "make_compiler", fakes.counting_compiler)
+    arguments = ["--op", "quantize", "--shape", "64x512", "--dry-run", "--architecture", "sm_90", "--jobs", "1"]
+    done = command(*arguments)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[0].split()[-4:] == ["compile", "compiled", "to", "run"]
+    assert done.stdout.splitlines()[2].split()[-3:] == ["32", "32", "12"]
+
+
+def test_few_rows_are_multiplied_plain_too() -> None:
+    done = command("--op", "matmul", "--shape", "16x4096x2048", "--dry-run")
+    assert sum(line.startswith("stream") for line in done.stdout.splitlines()) == 2
+    done = command("--op", "matmul", "--shape", "16x4096x2048", "--activations", "mxfp4", "--dry-run")
+    assert "stream" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--op", "multiply"], "'multiply' is no op; allowed: quantize, quantize_transposed"),
+        (["--budget", "soon"], "'soon' is no time; allowed: seconds such as 60 or 60s, or 2m, 1h"),
+        (["--budget", "-1"], "'-1' is no time"),
+        (["--architecture", "sm_90"], "allowed: --dry-run"),
+        (["--architecture", "h200", "--dry-run"], "'h200' is no architecture; allowed: sm_80"),
+        (["--shape", "8x8x8x8", "--dry-run"], "Invalid value for '--shape'"),
+        (["--op", "quantize", "--shape", "8x8x8", "--dry-run"], "Invalid value for '--shape'"),
+        (["--export", "/no/such/folder/table.json"], "there is no folder /no/such/folder"),
+    ],
+)
+def test_mistakes(arguments: list[str], says: str) -> None:
+    done = command(*arguments)
+    assert done.exit_code == 2
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_no_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = command()
+    assert done.exit_code == 2
+    assert done.stderr == (
+        "mxkernels: torch sees no GPU, and configs are found by measuring; `mxkernels tune --dry-run` needs none\n"
+    )
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("1h", 3600), ("0.5", 0.5)])
+def test_budgets(text: str, seconds: float) -> None:
+    assert cli_tune.seconds_named(text) == seconds
+
+
+def test_the_table_at_the_end() -> None:
+    slow, fast = CastConfig(1, 512, 1), CastConfig(2, 512, 1)
+    found = Result(QUANTIZE, Choice(slow, "shipped"), fast, 100.0, 80.0, 60.0, 50, 32, 12, 1.0)
+    failed = Result(QUANTIZE, Choice(slow, "rule"), slow, None, None, None, 50, 0, 0, 1.0, (Fault(fast, "it hung"),))
+    lines = cli_tune.results_table([found, failed]).splitlines()
+    assert "100.0" in lines[2]
+    assert "1.25" in lines[2]
+    assert "0.75" in lines[2]
+    assert "shipped" in lines[2]
+    assert lines[3].count("–") == 4
+    assert lines[4] == f"failed: {QUANTIZE}, {fast}: it hung"
+
+
+def test_the_progress_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = iter((0.0, 10.0, 20.0, 100.0))
+    monkeypatch.setattr(cli_tune.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    line = cli_tune.ProgressLine()
+    line("compile", 0, 40, "quantize")
+    line("compile", 10, 40, "quantize")
+    line("compile", 20, 40, "quantize")
+    line("measure", 0, 4, "quantize")
+    line.clear()
+    shown = [each.removeprefix("\x1b[K") for each in capsys.readouterr().err.split("\r") if each]
+    assert shown == [
+        "compiling 0/40  quantize",
+        "compiling 10/40, 0:30 left  quantize",
+        "compiling 20/40, 0:20 left  quantize",
+        "measuring 0/4  quantize",
+        "",
+    ]
+
+
+# --- the recorded measurements -----------------------------------------------------------------------------
+
+
+def test_the_measurements_of_the_tuner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exhaustive search finds the fastest; the others are compared with it."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import tuning
+
+    ops = {problem.op for group in tuning.GROUPS.values() for problem in group}
+    assert sum(map(len, tuning.GROUPS.values())) == 12
+    assert ops == set(tune.OPS) - {"native"}  # which an H200 has not
+    candidates = tuple(fakes.config(us) for us in range(150, 110, -1))
+    problem = fakes.problem()
+    search = Task(problem, tuning.task(problem, LIMITS).work, Choice(candidates[0], "rule"), candidates)
+    shipped = [Choice(fakes.config(120), "shipped")]
+    (row,) = tuning.rows([search], shipped, LIMITS, fakes.compiler, fakes.runner, 1)
+    assert (row["best_us"], row["shipped_us"], row["rule_us"]) == (111, 120, 150)
+    assert row["shipped_over_fastest"] == 120 / 111
+    assert row["pruned_us"] <= 150
+    assert (row["candidates"], row["compile"], row["run_by_the_pruned_search"]) == (40, 40, 12)
+    assert row["share_of_exhaustive_seconds"] == row["pruned_seconds"] / row["exhaustive_seconds"]
+    assert not row["faults"]
+    json.dumps(row)
+
+
+def test_rows_of_a_group_replace_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import tuning
+
+    path = tmp_path / "tuning.json"
+    assert tuning.together(path, [{"key": "a", "us": 1}]) == [{"key": "a", "us": 1}]
+    path.write_text(json.dumps({"rows": [{"key": "a", "us": 1}, {"key": "b", "us": 2}]}))
+    assert tuning.together(path, [{"key": "a", "us": 3}]) == [{"key": "b", "us": 2}, {"key": "a", "us": 3}]
+
+
+def test_the_commands_that_make_the_shipped_table_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import gpu as pieces
+
+    seen: list[list[Problem]] = []
+    monkeypatch.setattr(cli_tune, "_dry_run", lambda problems, *rest: seen.append(problems))
+    for arguments in pieces.TUNED.values():
+        done = command(*arguments.split(), "--dry-run")
+        assert done.exit_code == 0, done.output
+    keys = [problem.key for problems in seen for problem in problems]
+    assert 100 < len(set(keys)) < 250

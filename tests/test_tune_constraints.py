@@ -1,0 +1,77 @@
+"""What configs must fulfil, the rule fulfils for every problem."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mxkernels import tune
+from mxkernels.formats import FORMATS
+from mxkernels.spec import MXSpec
+
+BLOCKS = ("1x2", "2x1", "1x16", "1x32", "1x128", "32x1", "128x1", "4x4", "16x16", "128x128")
+MATRICES = ((1, 1), (3, 5), (100, 7), (7, 4096), (4096, 33), (16384, 16384), (1, 100000))
+
+
+def assert_serves(problem: tune.Problem, config: tune.Config) -> None:
+    assert tune.obstacle(problem, config) is None, (problem, config)
+    assert tune.Problem.of_key(problem.key).key == problem.key
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_casts(name: str, block: str) -> None:
+    for (rows, cols), rounding, symmetric in itertools.product(MATRICES, ("rtne", "stochastic"), (True, False)):
+        spec = MXSpec(name, block, rounding, "even", symmetric)
+        for dtype, contiguous, pair in itertools.product((torch.bfloat16, torch.float32), (True, False), (True, False)):
+            op, layout = "quantize_pair" if pair else "quantize", "rows" if contiguous else "columns"
+            config = tune.quantize_config(spec, rows, cols, dtype.itemsize, contiguous, pair)
+            assert_serves(tune.Problem.of(op, spec, dtype, layout, rows, cols), config)
+        problem = tune.Problem.of("dequantize", spec, torch.bfloat16, "rows", rows, cols)
+        assert_serves(problem, tune.dequantize_config(spec, rows, cols))
+        for layout in ("straight", "turned"):
+            problem = tune.Problem.of("fold", spec, torch.float8_e5m2, layout, rows, cols)
+            assert_serves(problem, tune.fold_config(spec, rows, cols, layout == "turned"))
+        whole_rows = tune.quantize_fold_config(spec, cols)
+        if whole_rows is not None:
+            assert_serves(replace(problem, op="quantize_fold", layout="rows"), whole_rows)
+
+
+PRODUCTS = list(
+    itertools.product((1, 16, 64, 65, 256, 300, 4096), (1, 16, 100, 8192, 28672), (16, 100, 512, 8192, 65536))
+)
+
+
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_products(shape: tuple[int, int, int]) -> None:
+    m, n, k = shape
+    for out, carrier, processors in itertools.product(
+        (torch.bfloat16, torch.float32), (torch.float8_e5m2, torch.bfloat16, torch.float32), (0, 16, 132)
+    ):
+        kinds = f"{tune.dtype_name(carrier)} * {tune.dtype_name(carrier)}"
+        problem = tune.Problem.of("multiply", kinds, out, "straight * straight", m, n, k)
+        assert_serves(problem, tune.carrier_config(m, n, k, carrier, out, processors > 0, processors))
+    decoding = tune.Problem("decode_multiply", "plain * plain", "bfloat16", "parts", shape)
+    for exact in (True, False):
+        assert_serves(decoding, tune.wide_matmul_config(m, n, k, exact))
+    if m <= 64:
+        stream = tune.Problem("stream", "e2m1 1x32 rtne even symmetric", "bfloat16", "stored", shape)
+        assert_serves(stream, tune.small_matmul_config(m, n, k))
+
+
+def test_block_scaled_products() -> None:
+    pytest.importorskip("triton", reason="the rule stands beside its kernel")
+    from mxkernels.ops.matmul_native_kernel import native_config
+
+    for a, b, swizzled, shared_bytes in itertools.product(
+        ("e2m1", "e4m3", "e5m2"), ("e2m1", "e4m3"), (True, False), (101376, 232448)
+    ):
+        config = native_config(FORMATS[a], FORMATS[b], swizzled, shared_bytes)
+        layout = "swizzled" if swizzled else "plain"
+        problem = tune.Problem("native", f"{a} * {b}", "bfloat16", layout, (8192, 8192, 8192))
+        assert_serves(problem, config)
+        if swizzled and shared_bytes == 232448:
+            assert tune.obstacle(problem, config, shared_bytes) is None

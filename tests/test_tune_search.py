@@ -1,0 +1,330 @@
+"""The search: what is compiled, run and kept; and what one bad candidate costs, in real processes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tuning_fakes as fakes
+from tuning_fakes import config, problem
+
+from mxkernels.tune import CastConfig, Choice, Config
+from mxkernels.tune.limits import Footprint, Limits
+from mxkernels.tune.model import Work
+from mxkernels.tune.search import (
+    DUEL_ROUNDS,
+    EXHAUSTIVE,
+    FIRST_SAMPLES,
+    LEAST_GAIN,
+    ROUNDS,
+    Breadth,
+    Result,
+    Task,
+    compile_all,
+    measure,
+    noise,
+    search,
+    shortlist,
+    survivors,
+)
+from mxkernels.tune.worker import Failure
+
+LIMITS = Limits("sm_90")
+
+
+def task(*candidates: Config, before: Config | None = None, number: int = 0) -> Task:
+    """The rule's is the first, and serves at present unless another is said to."""
+    return Task(problem(number), Work(1 << 25, 1 << 23), Choice(before or candidates[0], "rule"), candidates)
+
+
+def run(*tasks: Task, runner: Callable[[], Any] = fakes.runner, **options: Any) -> list[Result]:
+    options = {"compiler": fakes.compiler, "budget_s": 60.0, "jobs": 1, **options}
+    compiler = options.pop("compiler")
+    return search(list(tasks), LIMITS, compiler, runner, **options)
+
+
+class Here:
+    """A worker without a process."""
+
+    generation = 1
+    process_id = 1
+
+    def __init__(self, handler: Callable[..., Any]) -> None:
+        self.handler = handler
+
+    def ask(self, *request: Any, seconds: float) -> Any:
+        return self.handler(*request)
+
+
+def measured(candidates: list[Config], handler: Callable[..., Any], seconds: float = 60.0) -> Result:
+    return measure(task(*candidates), candidates, Here(handler), seconds, (len(candidates), len(candidates)))
+
+
+# --- one bad candidate ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("does", "says"),
+    [
+        (fakes.CRASHES, "it crashed: its process ended with exit status 139"),
+        (fakes.HANGS, "it hung: there was no answer in 2 s"),
+        (fakes.RAISES, "it raised RuntimeError: CUDA error: an illegal memory access was encountered"),
+        (fakes.WRONG, "12 bytes differ"),
+        (fakes.FAILS_LATER, "it crashed: its process ended with exit status 139"),
+    ],
+    ids=["crashes", "hangs", "raises", "writes something else", "crashes while it is timed"],
+)
+def test_a_bad_candidate_costs_itself(does: int, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be the fastest. The others compete as if it were not there, and it is reported."""
+    monkeypatch.setattr("mxkernels.tune.search.RUN_S", 2.0)
+    bad = config(10, does)
+    (result,) = run(task(config(100), bad, config(90), config(80), config(95)))
+    assert result.config == config(80)
+    assert (result.before_us, result.after_us, result.limit_us) == (100, 80, 10)
+    assert [(fault.config, fault.reason) for fault in result.faults] == [(bad, says)]
+    assert result.gain == 1.25
+    assert result.share_of_limit == 0.125
+
+
+@pytest.mark.parametrize("does", [fakes.CRASHES, fakes.HANGS, fakes.RAISES])
+def test_a_candidate_that_does_not_compile(does: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mxkernels.tune.search.COMPILE_S", 4.0)
+    bad = config(10, does)
+    compiler = partial(fakes.compiler, (does,))
+    (result,) = run(task(config(100), bad, config(80)), compiler=compiler, jobs=2)
+    assert result.config == config(80)
+    assert [fault.config for fault in result.faults] == [bad]
+
+
+def test_the_present_config_may_be_the_bad_one() -> None:
+    """It is replaced by the fastest other, by however little."""
+    (result,) = run(task(config(10, fakes.WRONG), config(90), config(80), config(95)))
+    assert result.config == config(80)
+    assert [str(fault) for fault in result.faults] == [f"{config(10, fakes.WRONG)}: 12 bytes differ"]
+
+
+def test_a_problem_without_operands_costs_itself() -> None:
+    (result,) = run(task(config(100), config(80)), runner=partial(fakes.runner, opens=False))
+    assert result.config == config(100)
+    assert (result.before_us, result.after_us, result.gain) == (None, None, None)
+    assert [str(fault) for fault in result.faults] == [
+        "the problem: it raised MemoryError: there is no memory for the operands"
+    ]
+
+
+def test_a_worker_killed_from_outside(tmp_path: Path) -> None:
+    """Whatever it was busy with is out; the rest goes on in another, which opens the problem again."""
+    log = tmp_path / "log"
+    tasks = [task(*map(config, range(100, 60, -1)), number=number) for number in range(2)]
+
+    def kill() -> None:
+        while not log.exists() or "time" not in log.read_text():
+            time.sleep(0.01)
+        os.kill(int(log.read_text().split()[-1]), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    results = run(*tasks, runner=partial(fakes.runner, log=str(log)))
+    killer.join()
+    faults = [fault.reason for result in results for fault in result.faults]
+    assert faults == ["it crashed: its process ended with signal 9, SIGKILL"]
+    assert all(result.gain > 1 for result in results)
+    processes = {line.split()[1] for line in log.read_text().splitlines()}
+    assert len(processes) == 2
+
+
+# --- what is compiled, and what is run -----------------------------------------------------------------------
+
+
+def test_as_many_are_compiled_and_run_as_the_breadth_says(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    candidates = [config(us) for us in range(200, 100, -1)]
+    compiler = partial(fakes.compiler, log=str(log))
+    (result,) = run(task(*candidates), compiler=compiler, breadth=Breadth(9, 4), jobs=2)
+    assert len(log.read_text().splitlines()) == 9
+    assert (result.candidates, result.compiled, result.run) == (100, 9, 4)
+    (result,) = run(task(*candidates), breadth=EXHAUSTIVE)
+    assert (result.candidates, result.compiled, result.run) == (100, 100, 100)
+    assert result.config == config(101)
+
+
+def test_what_spills_is_not_run() -> None:
+    spills = config(50, fakes.SPILLS)
+    (result,) = run(task(config(100), spills, config(80)))
+    assert result.config == config(80)
+    assert not result.faults
+
+
+def test_what_serves_and_the_rules_are_always_among_them() -> None:
+    """However slow the model takes them for, and though they spill."""
+    rule, before = CastConfig(1, 16, 8), CastConfig(1, 32, 8)
+    others = [CastConfig(1, 1024, warps) for warps in (1, 2, 4)]
+    found = task(rule, *others, before, before=before)
+    chosen = shortlist(found, LIMITS, 3)
+    assert set(chosen) >= {rule, before}
+    assert len(chosen) == 3
+    outcomes: dict[Config, Any] = {each: Footprint(8, 32, 0) for each in chosen}
+    assert survivors(found, outcomes, LIMITS, None) == (chosen[:2], ())
+
+
+@pytest.mark.parametrize(
+    ("footprint", "reason"),
+    [
+        (Footprint(8, 32, 0), "spills 8 bytes"),
+        (Footprint(0, 32, 232449), "232449 bytes of shared memory, of 232448"),
+        (Footprint(0, 255, 0), "registers, of 65536"),
+    ],
+)
+def test_what_exceeds_a_gpu(footprint: Footprint, reason: str) -> None:
+    tile = CastConfig(64, 1024, 16)
+    assert reason in str(footprint.exceeds(tile, LIMITS))
+    assert Footprint(0, 128, 232448).exceeds(tile, LIMITS) is None
+
+
+def test_time_for_compiling_is_shared_by_all(tmp_path: Path) -> None:
+    """When it runs out, every problem has had its best candidates compiled."""
+    log = tmp_path / "log"
+    tasks = [task(*map(config, range(100, 1000)), number=number) for number in range(3)]
+    results = run(*tasks, compiler=partial(fakes.compiler, log=str(log)), budget_s=4.0, breadth=EXHAUSTIVE)
+    compiled = [result.compiled for result in results]
+    assert 0 < max(compiled) < 900 or compiled == [900] * 3
+    assert max(compiled) - min(compiled) <= 1
+    assert all(result.after_us is not None for result in results)
+
+
+def test_compiling_is_cut_off() -> None:
+    requests = [(problem(), config(us)) for us in range(100, 104)]
+    outcomes = compile_all(requests, fakes.compiler, 1, -1.0, lambda *progress: None)
+    assert not outcomes
+
+
+def test_a_progress_line_is_told_how_much_is_done() -> None:
+    told: list[tuple[Any, ...]] = []
+    found: list[Result] = []
+    results = run(
+        task(config(100), config(80)),
+        task(config(100), config(90), number=1),
+        progress=lambda *each: told.append(each),
+        found=found.append,
+    )
+    assert [each[:3] for each in told] == [
+        *(("compile", done, 4) for done in range(1, 5)),
+        *(("measure", done, 2) for done in range(3)),
+    ]
+    assert found == results
+
+
+# --- who wins ------------------------------------------------------------------------------------------------
+
+
+def timed(times: Callable[[CastConfig], float]) -> Callable[..., Any]:
+    """A handler that takes each sample of a candidate as it is told."""
+
+    def handle(request: str, problem: object, *arguments: Any) -> Any:
+        if request == "open":
+            return 1.0
+        if request == "check":
+            return None
+        return tuple(times(arguments[0]) for _ in range(arguments[1]))
+
+    return handle
+
+
+def test_a_gain_below_the_noise_changes_nothing() -> None:
+    """100 against 98, of samples that spread by 20: who is faster cannot be said."""
+    generator = random.Random(0)
+    changes = 0
+    for _ in range(40):
+        result = measured([config(100), config(99)], timed(lambda each: each.tile_cols + generator.gauss(0, 60)))
+        changes += result.config != config(100)
+    assert changes <= 2  # three standard errors: 3 in 1000, and few samples
+
+
+def test_a_gain_beyond_the_noise_is_taken() -> None:
+    generator = random.Random(0)
+    for _ in range(10):
+        candidates = [config(100), config(97), config(93), config(98)]
+        result = measured(candidates, timed(lambda each: each.tile_cols + generator.gauss(0, 3)))
+        assert result.config == config(93)
+        assert result.before_us == pytest.approx(100, abs=1.5)
+        assert result.after_us == pytest.approx(93, abs=1.5)
+
+
+def test_the_luck_of_the_fastest_does_not_count() -> None:
+    """Twelve that are alike: some was the fastest so far, but that chose it, and it is timed anew."""
+    generator = random.Random(1)
+    changes = 0
+    for _ in range(30):
+        candidates = [config(1000 + number) for number in range(12)]
+        result = measured(candidates, timed(lambda each: 1000 + generator.gauss(0, 30)))
+        changes += result.config != candidates[0]
+    assert changes <= 2
+
+
+@pytest.mark.parametrize("drift", [1, -1])
+def test_clocks_that_drift_are_no_gain(drift: int) -> None:
+    """Every sample takes longer, or less, than the one before: whoever is timed first, or last, would win."""
+    clock = iter(range(10**9))
+    result = measured([config(100), config(101)], timed(lambda each: 2000 + drift * next(clock)))
+    assert result.config == config(100)
+
+
+def test_the_times_are_those_of_the_last_comparison() -> None:
+    """What a candidate was chosen for is not what is reported."""
+    seen: dict[CastConfig, int] = {}
+
+    def us(each: CastConfig) -> float:
+        seen[each] = seen.get(each, 0) + 1
+        return each.tile_cols if seen[each] <= halvings else each.tile_cols + 10
+
+    halvings = ROUNDS * FIRST_SAMPLES * (1 + 2 + 4 + 8 + 16)  # of 32 beside the present one
+    result = measured([config(100), *(config(us) for us in range(80, 48, -1))], timed(us))
+    assert (result.before_us, result.after_us) == (110, 59)
+
+
+def test_a_tiny_gain_changes_nothing() -> None:
+    less = 1000 * (1 - 0.9 * LEAST_GAIN)
+    result = measured([config(1000), config(999)], timed(lambda each: 1000 if each == config(1000) else less))
+    assert result.config == config(1000)
+    assert result.gain == 1
+
+
+def test_little_time_is_enough_for_two() -> None:
+    """The present config and one other are compared in any case."""
+    result = measured([config(100), config(80), config(50)], timed(lambda each: each.tile_cols), seconds=0.0)
+    assert (result.config, result.run) == (config(80), 2)
+
+
+def test_slow_candidates_are_timed_less_often() -> None:
+    asked: list[int] = []
+
+    def handle(request: str, problem: object, *arguments: Any) -> Any:
+        if request == "time":
+            asked.append(arguments[1])
+            return (2e6,) * arguments[1]
+        return None
+
+    measured([config(100), config(80), config(70)], handle)
+    assert asked[3:].count(1) > 2 * DUEL_ROUNDS - 4
+    assert max(asked) <= 16
+
+
+def test_noise_is_three_standard_errors() -> None:
+    """Of normal differences with a deviation of 1: 3 * 1.2533 / sqrt(n)."""
+    generator = random.Random(0)
+    found = [noise([generator.gauss(5, 1) for _ in range(1000)]) for _ in range(20)]
+    assert sum(found) / 20 == pytest.approx(3 * 1.2533 / 1000**0.5, rel=0.1)
+
+
+def test_a_failure_is_a_sentence() -> None:
+    outcomes = {config(100): Footprint(0, 32, 0), config(80): Failure("it raised ValueError: no")}
+    _, (fault,) = survivors(task(config(100), config(80)), outcomes, LIMITS, None)
+    assert str(fault) == f"{config(80)}: it raised ValueError: no"

@@ -1,0 +1,82 @@
+"""Workers: what answers, crashes, hangs, raises, or is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import tuning_fakes as fakes
+
+from mxkernels.tune.worker import Failure, Worker
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes are inherited by descriptor")
+
+
+def test_it_answers_from_a_process_of_its_own() -> None:
+    with Worker(fakes.echo) as worker:
+        assert worker.process_id is None
+        assert worker.ask("same", 1, "two", seconds=60) == (1, "two")
+        assert worker.ask("pid", seconds=60) == worker.process_id != os.getpid()
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        (("exit", 139), "it crashed: its process ended with exit status 139"),
+        (("kill",), "it crashed: its process ended with signal 9, SIGKILL"),
+        (("sleep", 3600), "it hung: there was no answer in 1 s"),
+        (("raise",), "it raised ValueError: the first cause"),
+    ],
+    ids=["exits", "is killed", "hangs", "raises"],
+)
+def test_what_fails_costs_one_request(request_: tuple[object, ...], says: str) -> None:
+    with Worker(fakes.echo) as worker:
+        before = worker.ask("pid", seconds=60)
+        with pytest.raises(Failure, match=says):
+            worker.ask(*request_, seconds=1)
+        with pytest.raises(ProcessLookupError):  # it is gone, whatever it did
+            os.kill(before, 0)
+        assert worker.process_id is None
+        assert worker.ask("pid", seconds=60) != before
+        assert worker.generation == 2
+
+
+def test_killed_from_outside() -> None:
+    with Worker(fakes.echo) as worker:
+        victim = worker.ask("pid", seconds=60)
+        threading.Timer(0.5, os.kill, (victim, signal.SIGKILL)).start()
+        start = time.monotonic()
+        with pytest.raises(Failure, match="SIGKILL"):
+            worker.ask("sleep", 3600, seconds=60)
+        assert time.monotonic() - start < 30
+        assert worker.ask("same", 1, seconds=60) == (1,)
+
+
+def test_killed_between_two_requests() -> None:
+    with Worker(fakes.echo) as worker:
+        os.kill(worker.ask("pid", seconds=60), signal.SIGKILL)
+        with pytest.raises(Failure, match="SIGKILL"):
+            worker.ask("same", seconds=60)
+        assert worker.ask("same", 1, seconds=60) == (1,)
+
+
+def test_a_handler_that_cannot_be_made() -> None:
+    with Worker(fakes.cannot_start) as worker, pytest.raises(Failure, match="RuntimeError: there is no GPU"):
+        worker.ask("same", seconds=60)
+
+
+def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAKEN_AWAY", "1")
+    with Worker(fakes.echo, {"TAKEN_AWAY": None, "GIVEN": "2"}) as worker:
+        assert worker.ask("environment", "TAKEN_AWAY", seconds=60) is None
+        assert worker.ask("environment", "GIVEN", seconds=60) == "2"
+
+
+def test_the_process_ends_with_its_worker() -> None:
+    with Worker(fakes.echo) as worker:
+        process_id = worker.ask("pid", seconds=60)
+    with pytest.raises(ProcessLookupError):
+        os.kill(process_id, 0)

@@ -1,0 +1,130 @@
+"""Compilers and runners for the tests of the search: candidates that do what the tests want, in real processes.
+
+A candidate is a CastConfig, whose `num_warps` says what it does. They are called by name, so they stand in a module.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from mxkernels.tune import CastConfig, Problem
+from mxkernels.tune.limits import Footprint
+
+GOOD, CRASHES, HANGS, WRONG, RAISES, SPILLS, FAILS_LATER = 1, 2, 3, 4, 5, 6, 7
+
+
+def config(us: int, does: int = GOOD) -> CastConfig:
+    """A candidate that takes so many microseconds."""
+    return CastConfig(1, us, does)
+
+
+def problem(number: int = 0) -> Problem:
+    return Problem("quantize", "e2m1 1x32 rtne even symmetric", "bfloat16", "rows", (4096, 4096 + 32 * number))
+
+
+def compiler(misbehaves: tuple[int, ...] = (), log: str | None = None) -> Callable[..., Footprint]:
+    """Compiles; of what `misbehaves`, only with trouble. Each call is a line in the file `log`."""
+    return partial(_compile, misbehaves, log)
+
+
+def _compile(misbehaves: tuple[int, ...], log: str | None, problem: Problem, config: CastConfig) -> Footprint:
+    if log is not None:
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()} {config.tile_cols}\n")
+    if config.num_warps in misbehaves:
+        _misbehave(config)
+    return Footprint(16 if config.num_warps == SPILLS else 0, 32, 0, 1000)
+
+
+def runner(noise_us: float = 0.0, opens: bool = True, log: str | None = None) -> Callable[..., Any]:
+    """Runs candidates; `noise_us` is by how much every other sample takes longer."""
+    return partial(_run, noise_us, opens, log)
+
+
+def _run(noise_us: float, opens: bool, log: str | None, request: str, problem: Problem, *arguments: Any) -> Any:
+    if log is not None:
+        with open(log, "a") as file:
+            file.write(f"{request} {os.getpid()}\n")
+    if request == "open":
+        if not opens:
+            raise MemoryError("there is no memory for the operands")
+        return 10.0
+    config = arguments[0]
+    if request == "check":
+        return _misbehave(config)
+    if config.num_warps == FAILS_LATER:
+        os._exit(139)
+    return tuple(config.tile_cols + noise_us * (sample % 2) for sample in range(arguments[1]))
+
+
+def _misbehave(config: CastConfig) -> str | None:
+    if config.num_warps == CRASHES:
+        os._exit(139)
+    if config.num_warps == HANGS:
+        time.sleep(3600)
+    if config.num_warps == RAISES:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    return "12 bytes differ" if config.num_warps == WRONG else None
+
+
+def echo() -> Callable[..., Any]:
+    """A handler for the tests of the worker itself."""
+    return _echo
+
+
+def _echo(what: str, *arguments: Any) -> Any:
+    if what == "pid":
+        return os.getpid()
+    if what == "exit":
+        os._exit(arguments[0])
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "sleep":
+        time.sleep(arguments[0])
+    if what == "environment":
+        return os.environ.get(arguments[0])
+    if what == "raise":
+        try:
+            raise ValueError("the first cause")
+        except ValueError as error:
+            raise RuntimeError("what wraps it") from error
+    return arguments
+
+
+def cannot_start() -> Callable[..., Any]:
+    raise RuntimeError("there is no GPU")
+
+
+# --- the real ones, as far as a machine without a GPU has them -------------------------------------------------
+
+
+def interpreter(device: object, limits: object) -> Callable[..., Any]:
+    """Runs launches in Triton's interpreter, whatever device they are meant for."""
+    import torch
+
+    from mxkernels.tune.limits import Limits
+    from mxkernels.tuner import Runner
+
+    return Runner(torch.device("cpu"), Limits("cpu"))
+
+
+def counting_compiler(limits: object) -> Callable[..., Footprint]:
+    return compiler()
+
+
+def instant_runner(device: object, limits: object) -> Callable[..., Any]:
+    """Of 100 us; of 80 if words are moved four at a time."""
+    return _instant
+
+
+def _instant(request: str, problem: Problem, *arguments: Any) -> Any:
+    if request == "open":
+        return 50.0
+    if request == "check":
+        return None
+    return (80.0 if arguments[0].wide else 100.0,) * arguments[1]
