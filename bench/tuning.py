@@ -29,8 +29,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mxkernels.environment import device_name
 from mxkernels.tune import Choice, Config, Problem
+from mxkernels.tune.contest import Contest
 from mxkernels.tune.limits import Footprint, Limits
-from mxkernels.tune.search import Contest, Progress, Result, Task, compile_all, search
+from mxkernels.tune.search import Progress, compile_all, search
+from mxkernels.tune.task import Result, Task
 from mxkernels.tune.worker import Failure, Handler, Worker
 from mxkernels.tuner import make_compiler, make_runner, task
 

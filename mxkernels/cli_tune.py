@@ -26,7 +26,8 @@ from .problems import CASTS, cast_problems, product_problems
 from .spec import Block, MXSpec, ScaleRounding
 from .tune import Problem, Stamp, TableError, cache_path
 from .tune.limits import Footprint, Limits
-from .tune.search import Breadth, Result, compile_all, shortlist, survivors
+from .tune.search import Breadth, compile_all, shortlist, survivors
+from .tune.task import Result
 from .tuner import make_compiler, problems_of, task, tune_problems, tuning_device, untuned
 
 OPS = (*CASTS, "matmul")

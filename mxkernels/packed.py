@@ -11,6 +11,7 @@ from torch import nn
 
 from .modules import replace_linears
 from .ops import matmul, quantize
+from .ops.plain import autocast_dtype
 from .prepared import BAND, GROUP, MAX_ROWS, PreparedTensor, preparable, prepare
 from .spec import PRESETS, MXSpec
 from .tensor import MXTensor
@@ -102,9 +103,9 @@ class PackedLinear(nn.Module):
             raise RuntimeError("x requires a gradient, and PackedLinear has none; allowed: torch.no_grad(), x.detach()")
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"x is {list(x.shape)}; allowed: [..., {self.in_features}]")
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        autocast = autocast_dtype(x.device.type)
+        if autocast is not None:
+            x = x.to(autocast)
         elif self.activations is None and x.dtype not in (torch.bfloat16, torch.float16):
             allowed = "torch.bfloat16, torch.float16 (model.bfloat16(), or torch.autocast)"
             raise TypeError(f"x is {x.dtype}; allowed: {allowed}, or any float with quantised activations")

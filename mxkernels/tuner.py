@@ -18,8 +18,9 @@ from torch import distributed
 
 from .tune import Choice, Config, Entry, Problem, Stamp, cache_path, find_config, load, recording, share, store
 from .tune.limits import Footprint, Limits
-from .tune.search import Breadth, Progress, Result, Task, search
+from .tune.search import Breadth, Progress, search
 from .tune.space import candidates
+from .tune.task import Result, Task
 from .tune.worker import Handler
 
 _CEILING_S = 0.1  # that each limit is measured

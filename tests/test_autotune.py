@@ -25,7 +25,8 @@ from mxkernels.cli import cli
 from mxkernels.problems import CASTS, cast_problems, product_problems
 from mxkernels.tune import CastConfig, Choice, HopperConfig, Problem
 from mxkernels.tune.limits import Limits
-from mxkernels.tune.search import Breadth, Fault, Result, Task
+from mxkernels.tune.search import Breadth
+from mxkernels.tune.task import Fault, Result, Task
 from mxkernels.tuner import Runner, autotune, problems_of, task, tune_problems, untuned
 from mxkernels.workloads import META, proof, proof_problem, workload
 from mxkernels.workloads.products import Product
@@ -520,3 +521,49 @@ def test_the_commands_that_make_the_shipped_table_parse(monkeypatch: pytest.Monk
         assert done.exit_code == 0, done.output
     keys = [problem.key for problems in seen for problem in problems]
     assert 100 < len(set(keys)) < 250
+
+
+# --- many ranks ----------------------------------------------------------------------------------------------
+
+RANK = """
+import sys
+import torch.distributed as distributed
+from mxkernels import tuner
+
+rank, place = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+shared = []
+tuner.share = lambda: shared.append(rank)
+
+def found():
+    assert rank == 0
+    return ["found"]
+
+def fails():
+    raise ValueError("no place for the table")
+
+print(tuner._on_the_first_rank(found), shared == [rank])
+try:
+    tuner._on_the_first_rank(fails)
+except ValueError as error:
+    print(error)
+print(shared == [rank])
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without")
+def test_the_first_rank_tunes_for_all(tmp_path: Path) -> None:
+    """The others wait, and get its results or its exception; then all share its table."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert outputs == ["['found'] True\nno place for the table\nTrue\n"] * 2

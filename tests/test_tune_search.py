@@ -17,24 +17,11 @@ import tuning_fakes as fakes
 from tuning_fakes import config, problem
 
 from mxkernels.tune import CastConfig, Choice, Config
+from mxkernels.tune.contest import DUEL_ROUNDS, FIRST_SAMPLES, LEAST_GAIN, ROUNDS, measure, noise
 from mxkernels.tune.limits import Footprint, Limits
 from mxkernels.tune.model import Work
-from mxkernels.tune.search import (
-    DUEL_ROUNDS,
-    EXHAUSTIVE,
-    FIRST_SAMPLES,
-    LEAST_GAIN,
-    ROUNDS,
-    Breadth,
-    Result,
-    Task,
-    compile_all,
-    measure,
-    noise,
-    search,
-    shortlist,
-    survivors,
-)
+from mxkernels.tune.search import EXHAUSTIVE, Breadth, compile_all, search, shortlist, survivors
+from mxkernels.tune.task import Result, Task
 from mxkernels.tune.worker import Failure
 
 LIMITS = Limits("sm_90")
@@ -84,7 +71,7 @@ def measured(candidates: list[Config], handler: Callable[..., Any], seconds: flo
 )
 def test_a_bad_candidate_costs_itself(does: int, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be the fastest. The others compete as if it were not there, and it is reported."""
-    monkeypatch.setattr("mxkernels.tune.search.RUN_S", 2.0)
+    monkeypatch.setattr("mxkernels.tune.contest.RUN_S", 2.0)
     bad = config(10, does)
     (result,) = run(task(config(100), bad, config(90), config(80), config(95)))
     assert result.config == config(80)

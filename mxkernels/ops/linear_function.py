@@ -27,6 +27,7 @@ from .layer_operand import (
     restored,
 )
 from .operand import as_matrix
+from .plain import autocast_dtype
 
 
 def linear(
@@ -58,7 +59,7 @@ def linear(
     """
     recipe = recipe_named(recipe)
     _check(x, weight, bias)
-    dtype = _autocast_dtype(x.device.type) or x.dtype
+    dtype = autocast_dtype(x.device.type) or x.dtype
     if recipe.emulate:
         return emulated_linear(x, weight, bias, recipe, dtype)
     given = (x, weight) if bias is None else (x, weight, bias)
@@ -172,13 +173,6 @@ def _weight_for_backward(
         return restored(saved, use.spec, k, recipe.data_gradient.length(n))
     assert saved[0] is not None
     return made(saved[0].T, use, dtype, folds)
-
-
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    """None where autocast is off, or does not exist, as on the meta device."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return None
 
 
 def _check(x: Any, weight: Any, bias: Any) -> None:

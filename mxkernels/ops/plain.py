@@ -12,6 +12,13 @@ def half_precision(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float32 else dtype
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """None where autocast is off, or does not exist, as on the meta device."""
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
 def plain_product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """`a @ b.T + bias` of bfloat16 or float16 matrices, accumulated in fp32; by the vendor's library on a GPU."""
     if not a.is_cuda:
