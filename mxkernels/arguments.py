@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import torch
@@ -20,7 +21,7 @@ from .bench_products import Source
 from .environment import triton_version
 from .formats import FORMATS
 from .perf import SHAPES, Shape
-from .spec import PRESETS, MXSpec
+from .spec import PRESETS, Block, MXSpec, ScaleRounding
 from .support import OPS as KNOWN_OPS
 
 MEASURED = (*OPS, "matmul")
@@ -122,6 +123,65 @@ def product_shapes(named: list[tuple[str, Shape]], rows: Sequence[int]) -> list[
             text = "x".join(map(str, shape))
             raise Mistake(f"Invalid value for '--shape': {text}; allowed for matmul: MxNxK, or NxK, the weights'")
     return products
+
+
+_SPEC_OPTIONS = (
+    click.option(
+        "--fmt",
+        "specs",
+        multiple=True,
+        default=["e2m1"],
+        metavar="NAME",
+        callback=each(spec_named),
+        help="Element format (e2m1, e3m0, int4, e2m3, e3m2, e4m3, e5m2, int8), or a preset such as mxfp4, which sets "
+        "block and roundings too, where no option does. Repeat it, or separate with commas.  [default: e2m1]",
+    ),
+    click.option(
+        "--block",
+        "blocks",
+        multiple=True,
+        metavar="RxC",
+        callback=each(Block.parse),
+        help="Elements that share a scale, powers of two to 128: 1x32 along a row, 32x1 down a column, 4x4 a tile. "
+        "Repeat it, or separate with commas.  [default: 1x32, or the preset's]",
+    ),
+    click.option(
+        "--rounding",
+        type=click.Choice(["rtne", "stochastic", "sr"]),
+        help="Of the elements: to nearest, ties to even, or stochastic (sr for short).  [default: rtne]",
+    ),
+    click.option(
+        "--scale-rounding",
+        "--scale",
+        type=click.Choice(get_args(ScaleRounding)),
+        help="How a block's scale becomes a power of two.  [default: even, or the preset's]",
+    ),
+    click.option("--asymmetric", is_flag=True, help="Store an fp16 offset a block, the middle of its range."),
+)
+
+
+def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say what to quantise to: specs, blocks, rounding, scale_rounding and asymmetric."""
+    for option in reversed(_SPEC_OPTIONS):
+        command = option(command)
+    return command
+
+
+def spec_overrides(
+    blocks: Sequence[Block], rounding: str | None, scale_rounding: str | None, asymmetric: bool
+) -> list[dict[str, Any]]:
+    """For each block, or once if there is none, what the options change of a spec; None is an option left out."""
+    given: dict[str, Any] = {
+        "rounding": "stochastic" if rounding == "sr" else rounding,
+        "scale_rounding": scale_rounding,
+        "symmetric": False if asymmetric else None,
+    }
+    return [{**given, "block": block} for block in blocks] or [given]
+
+
+def overridden(spec: MXSpec, override: dict[str, Any]) -> MXSpec:
+    """The spec with what is not None."""
+    return replace(spec, **{name: value for name, value in override.items() if value is not None})
 
 
 def writable(path: Path) -> Path:

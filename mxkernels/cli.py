@@ -5,10 +5,9 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 import torch
@@ -21,10 +20,12 @@ from .arguments import (
     checked,
     each,
     op_named,
+    overridden,
     plottable,
     product_shapes,
     shapes_named,
-    spec_named,
+    spec_options,
+    spec_overrides,
     usable_device,
     writable,
 )
@@ -35,7 +36,7 @@ from .cli_tune import tune
 from .environment import device_name, driver_version, environment, triton_version
 from .inputs import load_tensor
 from .perf import DEFAULT_SHAPE, DEFAULT_WEIGHT, ROWS, SHAPES, Shape
-from .spec import Block, MXSpec, ScaleRounding
+from .spec import Block, MXSpec
 from .tune import Stamp
 
 _FORM_BY_ENDING = {".json": "json", ".csv": "csv", ".md": "markdown"}
@@ -60,37 +61,7 @@ def cli(ctx: click.Context) -> None:
 
 
 @cli.command(short_help="Measure casts and matrix products: time, bytes and error.")
-@click.option(
-    "--fmt",
-    "specs",
-    multiple=True,
-    default=["e2m1"],
-    metavar="NAME",
-    callback=each(spec_named),
-    help="Element format (e2m1, e3m0, int4, e2m3, e3m2, e4m3, e5m2, int8), or a preset such as mxfp4, which sets "
-    "block and roundings too, where no option does. Repeat it, or separate with commas.  [default: e2m1]",
-)
-@click.option(
-    "--block",
-    "blocks",
-    multiple=True,
-    metavar="RxC",
-    callback=each(Block.parse),
-    help="Elements that share a scale, powers of two to 128: 1x32 along a row, 32x1 down a column, 4x4 a tile. "
-    "Repeat it, or separate with commas.  [default: 1x32]",
-)
-@click.option(
-    "--rounding",
-    type=click.Choice(["rtne", "stochastic", "sr"]),
-    help="Of the elements: to nearest, ties to even, or stochastic (sr for short).  [default: rtne]",
-)
-@click.option(
-    "--scale-rounding",
-    "--scale",
-    type=click.Choice(get_args(ScaleRounding)),
-    help="How a block's scale becomes a power of two.  [default: even, or the preset's]",
-)
-@click.option("--asymmetric", is_flag=True, help="Store an fp16 offset a block, the middle of its range.")
+@spec_options
 @click.option(
     "--op",
     "ops",
@@ -222,12 +193,7 @@ def bench(
     """
     if tensor is not None and shapes:
         raise Mistake("Invalid value for '--shape': the tensor of --input has one; allowed: one of the two options")
-    given: dict[str, Any] = {
-        "rounding": "stochastic" if rounding == "sr" else rounding,
-        "scale_rounding": scale_rounding,
-        "symmetric": False if asymmetric else None,
-    }
-    overrides = [{**given, "block": block} for block in blocks] or [given]
+    overrides = spec_overrides(blocks, rounding, scale_rounding, asymmetric)
     named = [pair for preset in shapes for pair in preset]
     runner: Bench | ProductBench
     cases: list[Case] | list[ProductCase]
@@ -242,7 +208,7 @@ def bench(
         tensor, dtype = _converted(tensor, dtype)
         named = named or [("", DEFAULT_SHAPE[device.type] if tensor is None else tuple(tensor.shape))]
         cases = [
-            Case(op, _overridden(spec, override), shape, DTYPES[dtype], name=name)
+            Case(op, overridden(spec, override), shape, DTYPES[dtype], name=name)
             for name, shape in named
             for spec in specs
             for override in overrides
@@ -275,11 +241,6 @@ def _converted(tensor: torch.Tensor | None, dtype: str | None) -> tuple[torch.Te
     raise Mistake(f"Invalid value for '--input': it is {tensor.dtype}; allowed: {', '.join(DTYPES)} (--dtype converts)")
 
 
-def _overridden(spec: MXSpec, override: dict[str, Any]) -> MXSpec:
-    """The spec with what the options say; None is an option left out."""
-    return replace(spec, **{field: value for field, value in override.items() if value is not None})
-
-
 def _check_products(ops: list[str], tensor: torch.Tensor | None) -> None:
     if set(ops) != {"matmul"}:
         raise Mistake("Invalid value for '--op': matmul is measured on shapes of its own; allowed: matmul alone")
@@ -299,9 +260,9 @@ def _product_cases(
     for name, shape in product_shapes(named, rows):
         for spec in specs:
             for override in overrides:
-                b = _overridden(spec, override)
+                b = overridden(spec, override)
                 a = activations or spec
-                a = _overridden(a, override) if isinstance(a, MXSpec) else a
+                a = overridden(a, override) if isinstance(a, MXSpec) else a
                 cases += [ProductCase(shape, a, b, timed, dtype, name=name) for timed in timings(a, b, shape[0])]
     return cases
 

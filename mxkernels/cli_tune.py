@@ -6,24 +6,34 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 import torch
 from tabulate import tabulate
 
 from . import gpu
-from .arguments import Mistake, activations_named, checked, each, product_shapes, shapes_named, spec_named, writable
+from .arguments import (
+    Mistake,
+    activations_named,
+    checked,
+    each,
+    overridden,
+    product_shapes,
+    shapes_named,
+    spec_options,
+    spec_overrides,
+    writable,
+)
 from .bench import DTYPES
 from .bench_products import Source
 from .environment import triton_version
 from .perf import DEFAULT_SHAPE, DEFAULT_WEIGHT, ROWS, SHAPES, Shape
 from .prepared import MAX_ROWS
 from .problems import CASTS, cast_problems, product_problems
-from .spec import Block, MXSpec, ScaleRounding
+from .spec import Block, MXSpec
 from .tune import Problem, Stamp, TableError, cache_path
 from .tune.limits import Footprint, Limits
 from .tune.search import Breadth, compile_all, shortlist, survivors
@@ -69,31 +79,7 @@ def architecture_named(text: str) -> str:
     help=f"{', '.join(OPS)}. A matmul brings the casts and folds of its operands with it. Repeat it, or separate with "
     "commas.  [default: quantize,dequantize,matmul]",
 )
-@click.option(
-    "--fmt",
-    "specs",
-    multiple=True,
-    default=["e2m1"],
-    metavar="NAME",
-    callback=each(spec_named),
-    help="Element format, or a preset such as mxfp4. Repeat it, or separate with commas.  [default: e2m1]",
-)
-@click.option(
-    "--block",
-    "blocks",
-    multiple=True,
-    metavar="RxC",
-    callback=each(Block.parse),
-    help="Elements that share a scale. Repeat it, or separate with commas.  [default: 1x32, or the preset's]",
-)
-@click.option("--rounding", type=click.Choice(["rtne", "stochastic", "sr"]), help="Of the elements.  [default: rtne]")
-@click.option(
-    "--scale-rounding",
-    "--scale",
-    type=click.Choice(get_args(ScaleRounding)),
-    help="Of the scales.  [default: even, or the preset's]",
-)
-@click.option("--asymmetric", is_flag=True, help="With an fp16 offset a block.")
+@spec_options
 @click.option(
     "--shape",
     "shapes",
@@ -175,13 +161,9 @@ def tune(
         raise Mistake("Invalid value for '--architecture': configs are measured on the GPU at hand; allowed: --dry-run")
     if triton_version() is None:
         raise Mistake("Triton is not installed, and nothing can be compiled; pip install 'mxkernels[triton]'")
-    overrides: dict[str, Any] = {
-        "rounding": "stochastic" if rounding == "sr" else rounding,
-        "scale_rounding": scale_rounding,
-        "symmetric": False if asymmetric else None,
-    }
-    blocked = [{**overrides, "block": block} for block in blocks] or [overrides]
-    chosen = [_overridden(spec, override) for spec in specs for override in blocked]
+    (overrides,) = spec_overrides([], rounding, scale_rounding, asymmetric)
+    blocked = spec_overrides(blocks, rounding, scale_rounding, asymmetric)
+    chosen = [overridden(spec, override) for spec in specs for override in blocked]
     device = None if architecture or (dry_run and not torch.cuda.is_available()) else _device()
     limits = Limits.of(device) if device else Limits(architecture or "sm_90")
     problems = _problems(ops, chosen, shapes, activations, overrides, DTYPES[dtype], limits)
@@ -201,11 +183,6 @@ def _device() -> torch.device:
         return tuning_device()
     except ValueError as error:
         raise Mistake(str(error)) from None
-
-
-def _overridden(spec: MXSpec, override: dict[str, Any]) -> MXSpec:
-    """The spec with what the options say; None is an option left out."""
-    return replace(spec, **{name: value for name, value in override.items() if value is not None})
 
 
 def _problems(
@@ -243,7 +220,7 @@ def _left(activations: Source | None, b: MXSpec, overrides: dict[str, Any], m: i
     """The left operands of products with m rows of activations: few rows are multiplied plain too, unless they are
     said to be something else."""
     if isinstance(activations, MXSpec):
-        return [_overridden(activations, overrides)]
+        return [overridden(activations, overrides)]
     if activations is not None:
         return [activations]
     return [b, torch.bfloat16] if m <= MAX_ROWS else [b]
