@@ -203,7 +203,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"].cpu())
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
 
 
@@ -358,6 +358,8 @@ def main(
     picture: Path | None,
     **options: Any,
 ) -> None:
+    for path in filter(None, (checkpoint, log, picture)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     shape = {name: options.pop(name) for name in ("layers", "width", "heads", "context", "batch", "lr")}
     try:
         run = Run(replace(SIZES[size], **{name: each for name, each in shape.items() if each is not None}), **options)

@@ -167,6 +167,10 @@ def tune(
     device = None if architecture or (dry_run and not torch.cuda.is_available()) else _device()
     limits = Limits.of(device) if device else Limits(architecture or "sm_90")
     problems = _problems(ops, chosen, shapes, activations, overrides, DTYPES[dtype], limits)
+    if not problems:
+        raise Mistake(
+            "There is nothing to tune: no --op serves these; allowed for fold: symmetric, 4 or 6 bits"
+        )
     if resume:
         problems = _remaining(problems, device, path)
     if dry_run:

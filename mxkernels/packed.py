@@ -126,7 +126,8 @@ class PackedLinear(nn.Module):
 
     def _hold(self, q: MXTensor, in_place: bool = False) -> None:
         """Hold a weight, prepared if that pays. In place, buffers of its shapes are written to, so that a captured
-        graph finds it."""
+        graph finds it; unless it is prepared with another `added`, which is a constant of captured kernels."""
+        added = self._added if in_place else None
         self._added: int | None = None
         parts = {"codes": q.codes, "scale": q.scale, "offset_bits": q.offset}
         if q.offset is not None:
@@ -135,6 +136,7 @@ class PackedLinear(nn.Module):
             prepared = prepare(q)
             self._added = prepared.added
             parts |= {"codes": prepared.codes, "scale": prepared.scale}
+        in_place = in_place and self._added == added
         for name, part in parts.items():
             held = getattr(self, name)
             if in_place and held is not None and part is not None and held.shape == part.shape:

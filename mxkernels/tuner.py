@@ -55,6 +55,10 @@ def autotune(
 
     In a job of many processes all call it: each runs `what`, the first tunes what it met, and all use what it found.
     """
+    if not 0 < budget < float("inf"):
+        raise ValueError(f"budget is {budget}; allowed: seconds above 0")
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs is {jobs}; allowed: 1 and more, or None")
     device = tuning_device()
     problems = problems_of(what)
     options: dict[str, Any] = {"budget": budget, "jobs": jobs, "progress": progress, "path": path}
@@ -88,6 +92,8 @@ def problems_of(what: Callable[[], object] | Problem | Iterable[Problem]) -> lis
     for problem in what:
         if not isinstance(problem, Problem):
             raise TypeError(f"what has a {type(problem).__name__}; allowed: a callable, a Problem, or several of them")
+        if min(problem.shape) == 0:
+            continue  # nothing is launched
         known = by_key.setdefault(problem.key, problem)
         if problem.shape > known.shape:
             by_key[problem.key] = problem

@@ -247,7 +247,7 @@ def _is_eager(*tensors: torch.Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and all(x.is_cuda and type(x) is torch.Tensor for x in tensors)
+        and all(x.is_cuda and type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
     )
 
 

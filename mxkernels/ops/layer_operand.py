@@ -15,6 +15,7 @@ from ..recipes import OperandSpec, Product, RowScaled
 from ..spec import MXSpec
 from ..tensor import MXTensor
 from . import fold, matmul, quantize, quantize_pair
+from .paths import LEAST_FP8_ROWS
 from .plain import half_precision, plain_product
 from .row_scaled import RowScaledTensor, row_scaled, row_scaled_product
 from .transform import hadamard, random_signs
@@ -57,9 +58,12 @@ def made_both(x: torch.Tensor, along: Use, across: Use, dtype: torch.dtype) -> t
     return made(x, along, dtype), made(x.T, across, dtype)
 
 
-def folds_at_once(product: Product, device: torch.device) -> bool:
-    """Whether operands that are not kept are best folded from the read that quantises them."""
+def folds_at_once(product: Product, device: torch.device, rows: int, cols: int) -> bool:
+    """Whether operands of `rows` and `cols` rows that are not kept are best folded from the read that quantises them:
+    where `matmul` would fold them too, so that a product has the same bits whether one of them is kept or not."""
     if device.type != "cuda" or not (_foldable(product.left) and _foldable(product.right)):
+        return False
+    if min(rows, cols) < LEAST_FP8_ROWS:
         return False
     from .device_facts import needs_folding
 

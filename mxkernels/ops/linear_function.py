@@ -95,15 +95,16 @@ class _Linear(torch.autograd.Function):
         seeds = draw_seeds((data_gradient.left, data_gradient.right, weight_gradient.left), dy.device)
         dx = dweight = dbias = None
         if for_x:
-            folds = folds_at_once(data_gradient, dy.device)
+            folds = folds_at_once(data_gradient, dy.device, dy.shape[0], k)
             use = Use.of(data_gradient, data_gradient.right, weight_signs, seeds[1])
             right = _weight_for_backward(weight_parts, recipe, (n, k), use, dtype, folds)
             use = Use.of(data_gradient, data_gradient.left, weight_signs, seeds[0])
             left = made(dy, use, dtype, folds)
             dx = multiplied(left, right, None, x_dtype).view(*gradient.shape[:-1], k)
+            del left, right  # before the other product's are made
         if for_weight:
             use = Use.of(weight_gradient, weight_gradient.left, x_signs, seeds[2])
-            left = made(dy.T, use, dtype, folds_at_once(weight_gradient, dy.device))
+            left = made(dy.T, use, dtype, folds_at_once(weight_gradient, dy.device, n, k))
             right = restored(x_parts, weight_gradient.right, k, weight_gradient.length(dy.shape[0]))
             dweight = multiplied(left, right, None, weight_dtype)
         if for_bias:
@@ -128,7 +129,7 @@ def _forward(
     signs = draw_signs(forward, matrix)
     x_signs = draw_signs(weight_gradient, matrix)
     weight_signs = draw_signs(data_gradient, matrix)
-    folds = folds_at_once(forward, x.device)
+    folds = folds_at_once(forward, x.device, matrix.shape[0], weight.shape[0])
 
     use = Use.of(forward, forward.left, signs, seeds[0])
     if keep_x:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Path = Literal["native", "fp8", "wide"]
 PATHS: tuple[str, ...] = get_args(Path)
-_LEAST_FP8_ROWS = 128  # of the smaller side: below, folding the larger one takes longer than it saves
+LEAST_FP8_ROWS = 128  # of the smaller side: below, folding the larger one takes longer than it saves
 _LEAST_GROUP = 4  # of K, with offsets of its own: below, there is more to correct than to multiply
 
 
@@ -78,7 +78,7 @@ def choose(a: Operand, b: Operand, capabilities: gpu.Capabilities) -> str:
         return "native"
     if refusal("fp8", a, b, capabilities) is None:
         ready = a.folded and b.folded
-        if ready or (min(a.rows, b.rows) >= _LEAST_FP8_ROWS and _correction_pays(a, b)):
+        if ready or (min(a.rows, b.rows) >= LEAST_FP8_ROWS and _correction_pays(a, b)):
             return "fp8"
     return "wide"
 
@@ -175,8 +175,8 @@ def _not_chosen(path: str, a: Operand, b: Operand, capabilities: gpu.Capabilitie
     """Why not a path that could serve."""
     if path == choose(a, b, capabilities):
         return 'path="auto" would take it'
-    if path == "fp8" and min(a.rows, b.rows) < _LEAST_FP8_ROWS:
-        return f"fewer than {_LEAST_FP8_ROWS} rows: folding takes longer than it saves"
+    if path == "fp8" and min(a.rows, b.rows) < LEAST_FP8_ROWS:
+        return f"fewer than {LEAST_FP8_ROWS} rows: folding takes longer than it saves"
     if path == "fp8" and not _correction_pays(a, b):
         return f"offsets change every {group_width(a, b)} of K: there is more to correct than to multiply"
     return "another is faster"

@@ -34,8 +34,9 @@ def row_scaled(x: torch.Tensor, spec: RowScaled) -> RowScaledTensor:
 def row_scaled_product(
     a: RowScaledTensor, b: RowScaledTensor, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """`a @ b.T + bias`, by FP8 tensor cores, with partial sums promoted to fp32, where they take the operands."""
-    if a.codes.is_cuda and _is_native(a, b):
+    """`a @ b.T + bias`, by FP8 tensor cores, with partial sums promoted to fp32, where they take the operands;
+    these round to bfloat16, whatever `dtype` is."""
+    if a.codes.is_cuda and dtype != torch.float16 and _is_native(a, b):
         bias = None if bias is None else bias.to(torch.bfloat16)
         out = torch._scaled_mm(
             a.codes, b.codes.T, a.scale, b.scale.T, bias, out_dtype=torch.bfloat16, use_fast_accum=False

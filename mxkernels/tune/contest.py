@@ -112,7 +112,7 @@ class Contest:
     def halve(self, rivals: Sequence[Rival], kept: Config, end: float) -> None:
         """Drop the slower half again and again, until one is left beside `kept`, or it is `end`."""
         samples = FIRST_SAMPLES
-        while len(self._without(kept)) > 1 and time.monotonic() < end:
+        while len(self._without(kept)) > 1:
             for number in range(ROUNDS):
                 for rival in _rotated(self.rivals, number):
                     self.time(rival, samples)
@@ -120,10 +120,8 @@ class Contest:
             ahead = ranked[: (len(ranked) + 1) // 2]
             self.rivals = [rival for rival in self.rivals if rival.config == kept or rival in ahead]
             samples *= 2
-        if len(self._without(kept)) > 1:  # it is late
-            timed = [rival for rival in self._without(kept) if rival.samples]
-            fastest = [min(timed, key=lambda rival: rival.median_us)] if timed else []
-            self.rivals = [rival for rival in self.rivals if rival.config == kept or rival in fastest]
+            if time.monotonic() > end:
+                self.rivals = [rival for rival in self.rivals if rival.config == kept or rival in ahead[:1]]
 
     def duel(self, kept: Config) -> tuple[Config, float, float] | None:
         """The winner, and the times of `kept` and of it, of new samples; None if there is nobody.
