@@ -168,9 +168,7 @@ def tune(
     limits = Limits.of(device) if device else Limits(architecture or "sm_90")
     problems = _problems(ops, chosen, shapes, activations, overrides, DTYPES[dtype], limits)
     if not problems:
-        raise Mistake(
-            "There is nothing to tune: no --op serves these; allowed for fold: symmetric, 4 or 6 bits"
-        )
+        raise Mistake("There is nothing to tune: no --op serves these; allowed for fold: symmetric, 4 or 6 bits")
     if resume:
         problems = _remaining(problems, device, path)
     if dry_run:
