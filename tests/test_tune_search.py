@@ -20,7 +20,7 @@ from mxkernels.tune import CastConfig, Choice, Config
 from mxkernels.tune.contest import DUEL_ROUNDS, FIRST_SAMPLES, LEAST_GAIN, ROUNDS, measure, noise
 from mxkernels.tune.limits import Footprint, Limits
 from mxkernels.tune.model import Work
-from mxkernels.tune.search import EXHAUSTIVE, Breadth, compile_all, search, shortlist, survivors
+from mxkernels.tune.search import Breadth, compile_all, search, shortlist, survivors
 from mxkernels.tune.task import Result, Task
 from mxkernels.tune.worker import Failure
 
@@ -138,7 +138,7 @@ def test_as_many_are_compiled_and_run_as_the_breadth_says(tmp_path: Path) -> Non
     (result,) = run(task(*candidates), compiler=compiler, breadth=Breadth(9, 4), jobs=2)
     assert len(log.read_text().splitlines()) == 9
     assert (result.candidates, result.compiled, result.run) == (100, 9, 4)
-    (result,) = run(task(*candidates), breadth=EXHAUSTIVE)
+    (result,) = run(task(*candidates), breadth=Breadth(None, None))
     assert (result.candidates, result.compiled, result.run) == (100, 100, 100)
     assert result.config == config(101)
 
@@ -180,7 +180,7 @@ def test_time_for_compiling_is_shared_by_all(tmp_path: Path) -> None:
     """When it runs out, every problem has had its best candidates compiled."""
     log = tmp_path / "log"
     tasks = [task(*map(config, range(100, 1000)), number=number) for number in range(3)]
-    results = run(*tasks, compiler=partial(fakes.compiler, log=str(log)), budget_s=4.0, breadth=EXHAUSTIVE)
+    results = run(*tasks, compiler=partial(fakes.compiler, log=str(log)), budget_s=4.0, breadth=Breadth(None, None))
     compiled = [result.compiled for result in results]
     assert 0 < max(compiled) < 900 or compiled == [900] * 3
     assert max(compiled) - min(compiled) <= 1

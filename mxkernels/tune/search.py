@@ -34,9 +34,6 @@ class Breadth:
     run: int | None = 12
 
 
-EXHAUSTIVE = Breadth(None, None)
-
-
 # Stage ("compile" or "measure"), how much of it is done, of how much, and what is next.
 Progress = Callable[[str, int, int, str], None]
 
@@ -157,8 +154,11 @@ def compile_all(
             with suppress(Failure):  # which the first request meets again
                 worker.wait()
             ends.append(time.monotonic() + seconds)
-            while waiting:
-                request = waiting.popleft()
+            while True:
+                try:
+                    request = waiting.popleft()
+                except IndexError:  # another thread took the last
+                    return
                 left = ends[0] - time.monotonic()
                 if left <= 0:
                     return
@@ -171,20 +171,8 @@ def compile_all(
 
     with ThreadPoolExecutor(max(min(jobs, total), 1)) as threads:
         try:
-            for each in [threads.submit(_until_empty(work)) for _ in range(min(jobs, total))]:
+            for each in [threads.submit(work) for _ in range(min(jobs, total))]:
                 each.result()
         finally:
             waiting.clear()
     return outcomes
-
-
-def _until_empty(work: Callable[[], None]) -> Callable[[], None]:
-    """Another thread may take the last request between a look and a grasp."""
-
-    def run() -> None:
-        try:
-            work()
-        except IndexError:
-            return
-
-    return run
