@@ -2,7 +2,7 @@
 
     python bench/casts.py GROUP --results DIR      writes DIR/<gpu>-<GROUP>.json
 
-The schema is that of `mxkernels bench --format json`.
+The schema is that of `mxkernels bench --format json`; that of `transforms` is what remains of it without a spec.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mxkernels import FORMATS, MXSpec
 from mxkernels.bench import Bench, Case
-from mxkernels.perf import DEFAULT_SHAPE
+from mxkernels.environment import device_name
+from mxkernels.ops import hadamard
+from mxkernels.ops.transform import random_signs
+from mxkernels.perf import DEFAULT_SHAPE, Ceilings, time_call
+from mxkernels.recipes import HADAMARD_SIZES
 
 LARGE = DEFAULT_SHAPE["cuda"]
 E2M1 = MXSpec("e2m1")
@@ -83,5 +89,41 @@ def measure(group: str, bench: Bench, cases: Sequence[Case]) -> list[dict[str, A
     return rows
 
 
+def transforms(device: torch.device, shape: tuple[int, ...] = LARGE, seconds: float = 0.3) -> list[dict[str, Any]]:
+    """A row for `hadamard` of bfloat16 at each size, with signs and without, beside a copy of the same run."""
+    x = torch.randn(shape, dtype=torch.bfloat16, device=device)
+    ceiling = Ceilings(device, seconds).copy(x.nbytes, x.nbytes)
+    rows = []
+    for size, signed in product(HADAMARD_SIZES, (False, True)):
+        call = partial(hadamard, x, size, random_signs(x, size) if signed else None)
+        timing = time_call(call, device, seconds)
+        gbps = ceiling.traffic_bytes / timing.median_us / 1e3
+        row = {
+            "op": "hadamard",
+            "size": size,
+            "signs": signed,
+            "shape": list(shape),
+            "dtype": "bf16",
+            "device": device_name(device),
+            "median_us": timing.median_us,
+            "p10_us": timing.p10_us,
+            "p90_us": timing.p90_us,
+            "samples": len(timing.samples_us),
+            "gbps": gbps,
+            "fraction_of_limit": gbps / ceiling.gbps,
+            "limit": ceiling.name,
+            "limit_gbps": ceiling.gbps,
+            "traffic_bytes": ceiling.traffic_bytes,
+        }
+        rows.append(row)
+        words = f"hadamard {size}{', signs' * signed}"
+        print(f"{words}: {timing.median_us:.1f} us, {row['fraction_of_limit']:.3f}", flush=True)
+    return rows
+
+
+def rows_of(group: str, device: torch.device) -> list[dict[str, Any]]:
+    return transforms(device) if group == "transforms" else measure(group, Bench(device), GROUPS[group]())
+
+
 if __name__ == "__main__":
-    record(__doc__, GROUPS, lambda group, device: measure(group, Bench(device), GROUPS[group]()))
+    record(__doc__, [*GROUPS, "transforms"], rows_of)

@@ -145,13 +145,29 @@ LAYERS = Table(
     },
     TRAINING_PAGE,
 )
+SERVING = Table(
+    "serving",
+    ROOT / "bench/results/nvidia-h200-serving.json",
+    "cold L2, median; `torch` is `nn.Linear` in bfloat16",
+    lambda row: True,
+    {
+        "layer": lambda row: row["label"],
+        "tokens, in → out": lambda row: f"{row['tokens']}, {row['in_features']} → {row['out_features']}",
+        "µs": lambda row: f"{row['call_median_us']:.1f}",
+        "times torch": lambda row: f"{row['call_vs_torch']:.2f}",
+        "as a CUDA graph, µs": lambda row: f"{row['graph_median_us']:.1f}",
+        "times torch, both as graphs": lambda row: f"{row['graph_vs_torch']:.2f}",
+        "weight, MB": lambda row: f"{row['weight_bytes'] / 1e6:.1f}",
+    },
+    TRAINING_PAGE,
+)
 STEP = Table(
     "step",
     ROOT / "bench/results/nvidia-h200-step.json",
     "a whole step, median",
     lambda row: True,
     {
-        "recipe": lambda row: row["recipe"] + (", compiled" if row["compiled"] else ""),
+        "recipe": lambda row: row["label"] + (", compiled" if row["compiled"] else ""),
         "parameters": lambda row: f"{row['parameters']:,}",
         "batch": lambda row: f"{row['batch']} x {row['context']}",
         "ms": lambda row: f"{row['median_ms']:.0f}",
@@ -160,7 +176,7 @@ STEP = Table(
     },
     TRAINING_PAGE,
 )
-TABLES = (CASTS, PRODUCTS, TRAINING, LAYERS, STEP)
+TABLES = (CASTS, PRODUCTS, TRAINING, LAYERS, STEP, SERVING)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""What training in MX costs and gives, recorded in three groups.
+"""What training in MX costs and gives, recorded in four groups.
 
     python bench/training.py training --results DIR     one GPT in each recipe: losses, time and memory of a step
     python bench/training.py layers --results DIR       forward and backward of a layer in each recipe
+    python bench/training.py serving --results DIR      a packed layer at few tokens, beside one in bfloat16
     python bench/training.py step --results DIR         a whole step of a GPT of a billion parameters
 
 Each writes DIR/<gpu>-<GROUP>.json. `training` stops when its minutes are over and goes on when it is called again,
@@ -17,8 +18,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from corpus import Text, read_text
 from gpt import SIZES, Size
 from train_gpt import Progress, Record, Run, Trainer, plot, train
 
+import mxkernels as mx
 from mxkernels.environment import digest
 from mxkernels.nn import MXLinear
 from mxkernels.perf.timing import Timing, time_call, time_host
@@ -64,8 +67,17 @@ RECIPES_OF_LAYERS: dict[str, Recipe] = {
 }
 ROUNDS = 5  # in which all layers take turns
 
-VARIANTS = (("bf16", False), ("bf16", True), ("mxfp4", True), ("mxfp4", False))  # recipe, compiled
+SERVED = ((8192, 8192), (4096, 14336), (14336, 4096))  # in, out
+SERVED_TOKENS = (1, 4, 16, 64)
+
+# By what the tables call it, how a run differs from one in BF16.
+STEPS: dict[str, dict[str, Any]] = {
+    **{name: {"recipe": name} for name in RECIPES},
+    "mxfp4, weights kept": {"recipe": "mxfp4", "keep_weights": True},
+}
+VARIANTS = (("bf16", False), ("bf16", True), ("mxfp4", True), ("mxfp4", False))  # of STEPS; compiled
 WARM_STEPS, TIMED_STEPS = 3, 7
+SCHEDULED_STEPS = 2000  # of the run that the timed steps begin, since a shorter one's warm-up makes it diverge
 
 
 def training(
@@ -141,7 +153,7 @@ def draw(records: dict[str, Record], path: Path) -> None:
 def layers(shapes: tuple[tuple[int, int, int], ...], device: torch.device, seconds: float) -> list[Row]:
     """Forward and backward of a layer with weights in bfloat16, everything included, with a cold L2.
 
-    The recipes take turns, `ROUNDS` times, for `seconds` each, so that a clock that drifts meets all of them.
+    The recipes take turns, `ROUNDS` times, for `seconds` each.
     """
     rows = []
     for tokens, inputs, outputs in shapes:
@@ -150,11 +162,7 @@ def layers(shapes: tuple[tuple[int, int, int], ...], device: torch.device, secon
         made = {"torch": nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16, device=device)}
         for label, recipe in RECIPES_OF_LAYERS.items():
             made[label] = MXLinear.from_linear(made["torch"], recipe)
-        samples: dict[str, list[float]] = {label: [] for label in made}
-        for _ in range(ROUNDS):
-            for label, layer in made.items():
-                samples[label] += time_call(both_ways(layer, x, dy), device, seconds).samples_us
-        times = {label: Timing(tuple(found)) for label, found in samples.items()}
+        times = in_turns({label: both_ways(layer, x, dy) for label, layer in made.items()}, device, seconds)
         saved = {label: saved_bytes(layer, x) for label, layer in made.items()}
         for label, timing in times.items():
             row = {
@@ -217,25 +225,100 @@ def host_us(recipe: Recipe | None, device: torch.device) -> float:
     return time_host(lambda: chosen(x), device, samples=20 if device.type == "cuda" else 1).median_us
 
 
-def step(size: Size, device: torch.device) -> list[Row]:
+@torch.no_grad()
+def serving(shapes: tuple[tuple[int, int], ...], device: torch.device, seconds: float) -> list[Row]:
+    """A packed layer beside nn.Linear in bfloat16 with a cold L2: each call by itself, and replayed as a CUDA graph,
+    where the host has no part.
+
+    All take turns, `ROUNDS` times, for `seconds` each.
+    """
+    rows = []
+    for inputs, outputs in shapes:
+        linear = nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16, device=device)
+        made = {"torch": linear, "mxfp4": mx.pack(linear, "mxfp4")}
+        for tokens in SERVED_TOKENS:
+            x = torch.randn(tokens, inputs, dtype=torch.bfloat16, device=device)
+            calls: dict[tuple[str, str], Callable[[], object]] = {}
+            for label, layer in made.items():
+                calls[label, "call"] = partial(layer, x)
+                if device.type == "cuda":
+                    calls[label, "graph"] = captured(partial(layer, x))
+            times = in_turns(calls, device, seconds)
+            for label, layer in made.items():
+                rows.append(served_row(label, layer, tokens, times))
+        del linear, made, calls
+        release(device)
+    return rows
+
+
+def served_row(label: str, layer: nn.Module, tokens: int, times: dict[tuple[str, str], Timing]) -> Row:
+    """Of both kinds of calls; where there are no graphs, None."""
+    row: Row = {
+        "label": label,
+        "tokens": tokens,
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "weight_bytes": sum(each.nbytes for each in (*layer.parameters(), *layer.buffers())),
+    }
+    for kind in ("call", "graph"):
+        timing, baseline = times.get((label, kind)), times.get(("torch", kind))
+        row |= {
+            f"{kind}_median_us": timing and timing.median_us,
+            f"{kind}_p10_us": timing and timing.p10_us,
+            f"{kind}_p90_us": timing and timing.p90_us,
+            f"{kind}_samples": timing and len(timing.samples_us),
+            f"{kind}_vs_torch": timing and baseline and baseline.median_us / timing.median_us,
+        }
+    graph = "" if row["graph_median_us"] is None else f", {row['graph_median_us']:.1f} us as a graph"
+    print(
+        f"{tokens}, {row['in_features']} to {row['out_features']}, {label}: {row['call_median_us']:.1f} us{graph}, "
+        f"{row['weight_bytes']:,} bytes",
+        flush=True,
+    )
+    return row
+
+
+def in_turns(calls: dict[Any, Callable[[], object]], device: torch.device, seconds: float) -> dict[Any, Timing]:
+    """The time of each call, in `ROUNDS` of `seconds` each, so that a clock that drifts meets all of them."""
+    samples: dict[Any, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            samples[name] += time_call(call, device, seconds).samples_us
+    return {name: Timing(tuple(found)) for name, found in samples.items()}
+
+
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """What replays a call as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()  # what compiles and allocates cannot be captured
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def step(size: Size, device: torch.device, variants: Sequence[tuple[str, bool]]) -> list[Row]:
     """A whole step (forward, backward, clipping, AdamW) of each variant, with the largest batch that all can hold."""
     text = Text(read_text(), device)
     for batch in range(size.batch, 0, -4):
         rows = []
         try:
-            for recipe, compiled in VARIANTS:
-                rows.append(step_row(replace(size, batch=batch), recipe, compiled, text, device))
+            for label, compiled in variants:
+                rows.append(step_row(replace(size, batch=batch), label, compiled, text, device))
         except torch.OutOfMemoryError:
             print(f"a batch of {batch} does not fit", flush=True)
         release(device)  # here, where no exception holds on to the model
-        if len(rows) == len(VARIANTS):
-            baseline = next(row for row in rows if row["recipe"] == "bf16" and row["compiled"])
+        if len(rows) == len(variants):
+            baseline = next(row for row in rows if row["label"] == "bf16" and row["compiled"])
             return [{**row, "vs_bf16_compiled": baseline["median_ms"] / row["median_ms"]} for row in rows]
     raise RuntimeError("no batch fits into this device's memory")
 
 
-def step_row(size: Size, recipe: str, compiled: bool, text: Text, device: torch.device) -> Row:
-    trainer = Trainer(Run(size, WARM_STEPS + TIMED_STEPS, recipe=recipe), text, device, compiled)
+def step_row(size: Size, label: str, compiled: bool, text: Text, device: torch.device) -> Row:
+    trainer = Trainer(Run(size, SCHEDULED_STEPS, **STEPS[label]), text, device, compiled)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     times_ms = []
@@ -245,7 +328,7 @@ def step_row(size: Size, recipe: str, compiled: bool, text: Text, device: torch.
         trainer.fetch()  # which waits for the device
         times_ms.append((time.perf_counter() - start) * 1e3)
     row = {
-        "recipe": recipe,
+        "label": label,
         "compiled": compiled,
         "parameters": trainer.record["parameters"],
         "batch": size.batch,
@@ -256,7 +339,7 @@ def step_row(size: Size, recipe: str, compiled: bool, text: Text, device: torch.
         "losses": trainer.record["losses"],
         "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
-    print(f"{recipe}{', compiled' if compiled else ''}, batch {size.batch}: {row['median_ms']:.1f} ms", flush=True)
+    print(f"{label}{', compiled' if compiled else ''}, batch {size.batch}: {row['median_ms']:.1f} ms", flush=True)
     del trainer
     release(device)
     return row
@@ -273,7 +356,7 @@ def release(device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("group", choices=["training", "layers", "step"])
+    parser.add_argument("group", choices=["training", "layers", "serving", "step"])
     parser.add_argument("--results", type=Path, required=True, metavar="DIR")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="the CPU is for trying it out")
     parser.add_argument("--size", choices=SIZES, help="of the GPT; 55m for training, 1b for step")
@@ -282,6 +365,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="after which training stops, to be resumed")
     parser.add_argument(
         "--run", action="append", choices=RUNS, help="train this one only and record nothing: a later call finds it"
+    )
+    parser.add_argument(
+        "--recipe",
+        action="append",
+        choices=STEPS,
+        help="step of this one, compiled, beside bf16, compiled; else of bf16 and mxfp4, compiled and not",
     )
     parser.add_argument("--compile", action="store_true", dest="compiled", help="compile the blocks in training")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="for the checkpoints of training")
@@ -305,8 +394,11 @@ def main() -> None:
         done = len(rows) == len(RUNS)
     elif arguments.group == "layers":
         rows = layers(tuple(arguments.layer or LAYERS), device, arguments.seconds)
+    elif arguments.group == "serving":
+        rows = serving(SERVED, device, arguments.seconds)
     else:
-        rows = step(size, device)
+        chosen = dict.fromkeys(("bf16", *(arguments.recipe or ())))
+        rows = step(size, device, [(label, True) for label in chosen] if arguments.recipe else VARIANTS)
     write(rows, arguments.group, arguments.results, device)
     sys.exit(0 if done else 1)
 

@@ -3,8 +3,11 @@
     python bench/tuning.py GROUP --results DIR      adds a group's problems to DIR/<gpu>-tuning.json
 
 For each problem every candidate that compiles is run, compared and timed for as long as the benchmark's quick look
-(`EACH_S`): the exhaustive search. The tuner's own search runs beside it, each from empty caches. The picks of both,
+(`EACH_S`): the exhaustive search. The tuner's own search runs before it, each from empty caches. The picks of both,
 what the shipped table has and what the rule says are then timed against each other, in rounds.
+
+A group has 256 to 428 candidates, reckoned at 1.5 s of a core to compile, 0.15 s to compare and `EACH_S` to time: with
+16 cores some four minutes for the largest group, `tuning-casts`, and two and a half for the smallest.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from mxkernels.tune.task import Result, Task
 from mxkernels.tune.worker import Failure, Handler, Worker
 from mxkernels.tuner import make_compiler, make_runner, task
 
-EACH_S = 0.15  # that the exhaustive search times each candidate, in `ROUNDS` rounds
+EACH_S = 0.1  # that the exhaustive search times each candidate, in `ROUNDS` rounds
 ROUNDS = 3
 BUDGET_S = 60.0  # the tuner's, a problem
 FINAL_ROUNDS, FINAL_SAMPLES = 12, 16  # of the picks against each other
@@ -94,7 +97,7 @@ def rows(
     with empty_cache(), Worker(runner) as worker:
         start = time.monotonic()
         found = [
-            exhaustive(each, compiled, worker)
+            exhaustive(each, compiled, worker, progress)
             for each, compiled in zip(tasks, compile_everything(tasks, compiler, jobs, progress), strict=True)
         ]
         exhaustive_s = (time.monotonic() - start) / len(tasks)
@@ -127,15 +130,21 @@ def compile_everything(
     return [{config: outcomes[each.problem, config] for config in each.candidates} for each in tasks]
 
 
-def exhaustive(each: Task, compiled: dict[Config, Footprint | Failure], worker: Worker) -> tuple[Config, int]:
+def exhaustive(
+    each: Task, compiled: dict[Config, Footprint | Failure], worker: Worker, progress: Progress
+) -> tuple[Config, int]:
     """The fastest of all candidates that compile, and how many these are. Each is compared and timed, in rounds."""
     configs = [config for config, outcome in compiled.items() if isinstance(outcome, Footprint)]
     contest = Contest(each.problem, worker, [])
-    contest.admit(configs, time.monotonic() + CHECKING_S)
+    for number, config in enumerate(configs):
+        progress("compare", number, len(configs), str(each.problem))
+        contest.admit([config], time.monotonic() + CHECKING_S)
     for rival in list(contest.rivals):
         contest.time(rival, 2)
-    for _ in range(ROUNDS):
-        for rival in list(contest.rivals):
+    total = ROUNDS * len(contest.rivals)
+    for number in range(ROUNDS):
+        for place, rival in enumerate(list(contest.rivals)):
+            progress("time", number * len(contest.rivals) + place, total, str(each.problem))
             contest.time(rival, max(int(EACH_S / ROUNDS * 1e6 / (rival.median_us + FLUSH_US)), 1))
     return min(contest.rivals, key=lambda rival: rival.median_us).config, len(configs)
 
@@ -181,6 +190,24 @@ def head_to_head(problem: Problem, configs: Sequence[Config], worker: Worker) ->
     return {rival.config: statistics.median(rival.samples) for rival in contest.rivals}
 
 
+class Lines:
+    """Progress as lines, at most one every few seconds and one at the start of each stage."""
+
+    SECONDS = 10.0
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._next = 0.0
+        self._stage = ""
+
+    def __call__(self, stage: str, done: int, total: int, text: str) -> None:
+        now = time.monotonic()
+        if stage == self._stage and now < self._next:
+            return
+        self._stage, self._next = stage, now + self.SECONDS
+        print(f"{now - self._start:6.0f} s  {stage} {done}/{total}  {text}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("group", choices=GROUPS)
@@ -194,6 +221,8 @@ def main() -> None:
     # the search is to find by itself what is shipped
     tasks = [task(each.problem, limits) for each in known]
     shipped = [each.before for each in known]
+    for searched in tasks:
+        print(f"{searched.problem}: {len(searched.candidates)} candidates", flush=True)
     found = rows(
         tasks,
         shipped,
@@ -201,6 +230,7 @@ def main() -> None:
         partial(make_compiler, limits),
         partial(make_runner, device, limits),
         os.cpu_count() or 1,
+        Lines(),
     )
     for each in found:
         print(

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import mxkernels as mx
 from mxkernels.environment import environment
 from mxkernels.recipes import RECIPES, OperandSpec, Product, Recipe
+from mxkernels.report import plot_endings
 
 Record = dict[str, Any]
 
@@ -56,6 +57,7 @@ class Run:
         gradient_rounding: of the elements of dy, in both products of backward.
         weight_block: such as "16x16": 2D blocks for the weights.
         hadamard, random_signs: the transform of both products of backward.
+        keep_weights: quantise each weight once a step, rather than once more in backward.
         emulate: one quantised copy of each tensor, multiplied in BF16.
     """
 
@@ -68,6 +70,7 @@ class Run:
     weight_block: str | None = None
     hadamard: int = 0
     random_signs: bool = False
+    keep_weights: bool = False
     emulate: bool = False
 
     def __post_init__(self) -> None:
@@ -81,6 +84,7 @@ class Run:
             activations=self._changed(x, scale_rounding=self.scale_rounding),
             weights=self._changed(w, scale_rounding=self.scale_rounding, block=self.weight_block),
             gradients=self._changed(dy, scale_rounding=self.scale_rounding, rounding=self.gradient_rounding),
+            keep_weights=self.keep_weights,
             emulate=self.emulate,
         )
         return recipe.replace(
@@ -299,6 +303,16 @@ def plot(records: dict[str, Record], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def check_picture(path: Path) -> None:
+    """Raises click.UsageError, before anything is trained, if it could not be drawn."""
+    try:
+        endings = plot_endings()
+    except ImportError:
+        raise click.UsageError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
+    if path.suffix[1:] not in endings:
+        raise click.UsageError(f"--plot {path}: allowed endings: {', '.join(endings)}")
+
+
 def usable_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -339,6 +353,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
     help="Size of the Hadamard transform in both products of backward.",
 )
 @click.option("--random-signs", is_flag=True, help="Begin that transform with random signs.")
+@click.option("--keep-weights", is_flag=True, help="Keep packed weights for backward, which costs memory.")
 @click.option("--emulate", is_flag=True, help="Quantise each tensor once, and multiply in BF16.")
 @click.option("--data", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text to train on.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
@@ -358,6 +373,8 @@ def main(
     picture: Path | None,
     **options: Any,
 ) -> None:
+    if picture:
+        check_picture(picture)
     for path in filter(None, (checkpoint, log, picture)):
         path.parent.mkdir(parents=True, exist_ok=True)
     shape = {name: options.pop(name) for name in ("layers", "width", "heads", "context", "batch", "lr")}

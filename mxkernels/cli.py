@@ -37,7 +37,6 @@ from .environment import device_name, driver_version, environment, triton_versio
 from .inputs import load_tensor
 from .perf import DEFAULT_SHAPE, DEFAULT_WEIGHT, ROWS, SHAPES, Shape
 from .spec import Block, MXSpec
-from .tune import Stamp
 
 _FORM_BY_ENDING = {".json": "json", ".csv": "csv", ".md": "markdown"}
 
@@ -344,7 +343,7 @@ def doctor() -> None:
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         click.echo(f"\n{device}: {device_name(device)} ({gpu.architecture(device)})")
-        click.echo(f"{report.configs_text(Stamp.of(device))}\n")
+        click.echo(f"{report.configs_text(device)}\n")
         click.echo(report.support_table(gpu.device_capabilities(device)))
     if not torch.cuda.is_available():
         click.echo("\nNo GPU: on the CPU everything runs through the reference.\n")

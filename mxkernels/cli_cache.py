@@ -8,7 +8,7 @@ import click
 from tabulate import tabulate
 
 from .arguments import Mistake, Program
-from .tune import Stamp, Table, TableError, cache_directory, load, remove, tables_in
+from .tune import OPS, Stamp, Table, TableError, cache_directory, load, remove, tables_in
 from .tune.location import SHIPPED, VARIABLE, table_name
 
 
@@ -17,7 +17,7 @@ def cache() -> None:
     """The configs that `mxkernels tune` found and stored, and those that are shipped.
 
     They decide speed, never a byte of a cast. A file holds what was measured on one GPU, in a section for each version
-    of Triton and of the kernels: a section serves only with the same ones.
+    of Triton and of an op's kernels: a section serves only with the same ones.
 
     \b
     mxkernels cache path                        where the files lie
@@ -34,26 +34,26 @@ def path() -> None:
 
 
 @cache.command("list", short_help="What is stored, and what of it is used.")
-@click.option("--entries", is_flag=True, help="A line for each config, rather than for each section.")
+@click.option("--entries", is_flag=True, help="A line for each config, rather than for each op.")
 def list_tables(entries: bool) -> None:
-    """What is stored: a line for each section of each file, the user's first, then those that are shipped.
+    """What is stored: a line for each op in each section of a file, the user's first, then those that are shipped.
 
-    "used" are sections for this Triton and these kernels, on their own GPU; shipped ones also on GPUs of the same
-    architecture that have none.
+    "used" is what was measured with this Triton and the op's kernels as they are, on its own GPU; what is shipped also
+    on GPUs of the same architecture that have none.
     """
     rows: list[list[object]] = []
     for file in [*tables_in(cache_directory()), *tables_in(SHIPPED)]:
         try:
             table = load(file)
         except TableError as error:
-            rows.append([_place(file), "", "", "", "", f"no: {error}"])
+            rows.append([_place(file), *[""] * (4 if entries else 5), f"no: {error}"])
             continue
-        rows += _entry_rows(file, table) if entries else _section_rows(file, table)
+        rows += _entry_rows(file, table) if entries else _part_rows(file, table)
     if not rows:
         click.echo("Nothing is stored.")
         return
-    sections = ["GPU", "SMs", "Triton", "configs", "used"]
-    headers = ["from", *(["problem", "config", "before µs", "after µs", "date"] if entries else sections)]
+    parts = ["GPU", "SMs", "Triton", "op", "configs", "used"]
+    headers = ["from", *(["problem", "config", "before µs", "after µs", "date"] if entries else parts)]
     click.echo(tabulate(rows, headers, tablefmt="simple", floatfmt=".1f"))
 
 
@@ -61,8 +61,10 @@ def list_tables(entries: bool) -> None:
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 def verify(files: tuple[Path, ...]) -> None:
     """Check FILES, or all of the user's: that they are tables, that their configs can serve their problems, and that
-    they were measured with this Triton and these kernels. Exit code 1 if not, and a line for each fault."""
-    faults, count = [], 0
+    of each op there are some that were measured with this Triton and its kernels as they are. Exit code 1 if not, and
+    a line for each fault."""
+    faults: list[str] = []
+    usable = elsewhere = 0
     for file in files or tables_in(cache_directory()):
         if not file.exists():
             raise Mistake(f"Invalid value for 'FILES': there is no file {file}")
@@ -71,13 +73,17 @@ def verify(files: tuple[Path, ...]) -> None:
         except TableError as error:
             faults.append(str(error))
             continue
-        count += sum(map(len, table.sections.values()))
-        faults += [f"{file}: {fault}" for fault in _faults(table)]
+        serving, waiting, wrong = _verified(table)
+        usable += serving
+        elsewhere += waiting
+        faults += [f"{file}: {fault}" for fault in wrong]
     for fault in faults:
         click.echo(fault, err=True)
     if faults:
         raise SystemExit(1)
-    click.echo(f"Configs: {count}, all of which can be used.")
+    click.echo(f"Configs: {usable}, all of which can be used.")
+    if elsewhere:
+        click.echo(f"Not used here: {elsewhere}, of other versions of Triton or of the kernels.")
 
 
 @cache.command(short_help="Delete what was stored.")
@@ -118,32 +124,47 @@ def _place(file: Path) -> str:
     return f"shipped {file.name}" if file.parent == SHIPPED else f"cache {file.name}"
 
 
-def _section_rows(file: Path, table: Table) -> list[list[object]]:
+def _part_rows(file: Path, table: Table) -> list[list[object]]:
     return [
-        [_place(file), stamp.gpu, stamp.sm_count, stamp.triton, len(section), _use(stamp)]
-        for stamp, section in table.sections.items()
+        [_place(file), stamp.gpu, stamp.sm_count, stamp.triton, op, count, _use(stamp, op)]
+        for stamp, op, count in table.parts()
     ]
 
 
-def _use(stamp: Stamp) -> str:
-    differences = stamp.differences(stamp.here())
+def _use(stamp: Stamp, op: str) -> str:
+    differences = _differences(stamp, op)
     return f"no: {differences}" if differences else "yes"
 
 
+def _differences(stamp: Stamp, op: str) -> str:
+    """How what configs of an op were measured with differs from what is here; nothing if it does not."""
+    return stamp.differences(stamp.here(op)) if op in OPS else f"another mxkernels, which knows {op}"
+
+
 def _entry_rows(file: Path, table: Table) -> list[list[object]]:
-    """Of the sections that are used: what others mean is not known here."""
+    """Of what is used: what the rest means is not known here."""
     return [
         [_place(file), key, str(entry.config), entry.before_us, entry.after_us, entry.date]
-        for stamp in table.sections
-        if stamp == stamp.here()
-        for key, entry in table.entries(stamp)[0].items()
+        for stamp, op, _ in table.parts()
+        if not _differences(stamp, op)
+        for key, entry in table.entries(stamp, op)[0].items()
     ]
 
 
-def _faults(table: Table) -> list[str]:
-    """Entries that cannot serve; and, if no section is for what is here, how the sections differ."""
-    found = [fault for stamp in table.sections if stamp == stamp.here() for fault in table.entries(stamp)[1]]
-    differences = [stamp.differences(stamp.here()) for stamp in table.sections]
-    if all(differences):
-        found += [f"measured with {each}" for each in differences]
-    return found
+def _verified(table: Table) -> tuple[int, int, list[str]]:
+    """How many entries can serve here, and how many could elsewhere; and what is wrong: entries that cannot serve
+    anywhere, and, of an op that has entries for other Tritons and kernels alone, how these differ."""
+    usable = elsewhere = 0
+    faults, stale = [], []
+    current: set[str] = set()
+    for stamp, op, count in table.parts():
+        differences = _differences(stamp, op)
+        if differences:
+            elsewhere += count
+            stale.append((op, f"{count} of {op} measured with {differences}"))
+        else:
+            entries, wrong = table.entries(stamp, op)
+            usable += len(entries)
+            faults += wrong
+            current.add(op)
+    return usable, elsewhere, faults + [sentence for op, sentence in stale if op not in current]

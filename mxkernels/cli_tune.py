@@ -35,7 +35,7 @@ from .prepared import MAX_ROWS
 from .problems import CASTS, cast_problems, product_problems
 from .spec import Block, MXSpec
 from .tune import Problem, Stamp, TableError, cache_path
-from .tune.limits import Footprint, Limits
+from .tune.limits import MODELS, Footprint, Limits
 from .tune.search import Breadth, compile_all, shortlist, survivors
 from .tune.task import Result
 from .tuner import make_compiler, problems_of, task, tune_problems, tuning_device, untuned
@@ -112,7 +112,8 @@ def architecture_named(text: str) -> str:
     "--architecture",
     metavar="NAME",
     callback=checked(architecture_named),
-    help="With --dry-run: compile for such a GPU, sm_90 for one, and say how many candidates are left then.",
+    help="With --dry-run: compile for such a GPU, sm_90 for one, and say how many candidates are left then. Its other "
+    "limits are a well-known GPU's.",
 )
 @click.option(
     "--export",
@@ -165,12 +166,14 @@ def tune(
     blocked = spec_overrides(blocks, rounding, scale_rounding, asymmetric)
     chosen = [overridden(spec, override) for spec in specs for override in blocked]
     device = None if architecture or (dry_run and not torch.cuda.is_available()) else _device()
-    limits = Limits.of(device) if device else Limits(architecture or "sm_90")
+    limits = Limits.of(device) if device else Limits.assumed(architecture or "sm_90")
     problems = _problems(ops, chosen, shapes, activations, overrides, DTYPES[dtype], limits)
     if not problems:
         raise Mistake("There is nothing to tune: no --op serves these; allowed for fold: symmetric, 4 or 6 bits")
     if resume:
         problems = _remaining(problems, device, path)
+        if not problems:
+            return
     if dry_run:
         _dry_run(problems, limits, device, budget, jobs, architecture is not None)
         return
@@ -232,7 +235,7 @@ def _remaining(problems: list[Problem], device: torch.device | None, path: Path 
     if device is None:
         return problems
     try:
-        left = untuned(problems, Stamp.of(device), path)
+        left = untuned(problems, device, path)
     except TableError as error:
         raise Mistake(str(error)) from None
     click.echo(f"{len(problems) - len(left)} of {len(problems)} problems are stored already.", err=True)
@@ -243,7 +246,7 @@ def _tuned(problems: list[Problem], device: torch.device, **options: Any) -> lis
     line = ProgressLine()
     try:
         results = tune_problems(problems, device, progress=line, **options)
-        place = options["path"] or cache_path(Stamp.of(device))
+        place = options["path"] or cache_path(Stamp.of(device, problems[0].op))
     except TableError as error:
         raise Mistake(str(error)) from None
     finally:
@@ -319,4 +322,10 @@ def _dry_run(
             row += [sum(isinstance(one, Footprint) for one in found.values())]
             row += [len(survivors(each, found, limits, Breadth().run)[0])]
     click.echo(tabulate(rows, headers, tablefmt="simple"))
+    if device is None:
+        click.echo(
+            f"Assumed: a GPU like {MODELS[limits.architecture]}, of {limits.processors} multiprocessors, "
+            f"{limits.shared_bytes} bytes of shared memory a program and {limits.gbps:.0f} GB/s.",
+            err=True,
+        )
     click.echo(f"{len(problems)} problems, {clock(budget * len(problems))} at the most.", err=True)

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import frexp
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from .formats import FORMATS, ElementFormat
 from .spec import MXSpec
 from .tensor import MXTensor
+
+
+class Outside(NamedTuple):
+    """Flags on the device of what has no place in a window.
+
+    Attributes:
+        any: int32 `[1]`; lines: uint8, one for each row of blocks.
+    """
+
+    any: torch.Tensor
+    lines: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -63,20 +74,25 @@ class FoldedTensor:
             that hold NaN (255) and those that no shared power of two can serve.
         reference: uint8 `[ceil(R/r)]`, for each row of blocks: `value = code value * 2**(reference - 127)`.
         outside: int32 `[1]` on the device: not 0 if a block has a scale of its own, since its distance from
-            the largest of its row exceeds the FP8 format's range. Products then take the 16-bit path.
+            the largest of its row exceeds the FP8 format's range.
+        outside_rows: uint8 `[ceil(R/r)]`: which rows of blocks have such a block. The 16-bit path redoes what they
+            are multiplied with.
     """
 
-    __slots__ = ("values", "reference", "outside")
+    __slots__ = ("values", "reference", "outside", "outside_rows")
 
-    def __init__(self, values: MXTensor, reference: torch.Tensor, outside: torch.Tensor) -> None:
+    def __init__(
+        self, values: MXTensor, reference: torch.Tensor, outside: torch.Tensor, outside_rows: torch.Tensor
+    ) -> None:
         self.values = values
         self.reference = reference
         self.outside = outside
+        self.outside_rows = outside_rows
 
     @property
     def T(self) -> FoldedTensor:
         """The transpose: views. The product's reduction must run along the original's last dimension."""
-        return FoldedTensor(self.values.T, self.reference, self.outside)
+        return FoldedTensor(self.values.T, self.reference, self.outside, self.outside_rows)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """A plain tensor of `shape` and `dtype`: that of the MXTensor that was folded."""
@@ -92,8 +108,8 @@ class FoldedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored: codes, scales, references and the flag."""
-        return self.values.nbytes + self.reference.nbytes + self.outside.nbytes
+        """Bytes stored: codes, scales, references and flags."""
+        return self.values.nbytes + sum(each.nbytes for each in (self.reference, self.outside, self.outside_rows))
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.shape))

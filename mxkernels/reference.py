@@ -22,7 +22,7 @@ _NAN_BITS = {
 }
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-FoldedParts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+FoldedParts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def quantize(matrix: torch.Tensor, spec: MXSpec, seed: int | None = None) -> Parts:
@@ -92,7 +92,7 @@ def fold(codes: torch.Tensor, scale: torch.Tensor, spec: MXSpec, window: Window)
 
     Returns:
         FP8 codes uint8 `[R, C]`; scale, as before; reference uint8 `[ceil(R/r)]`; int32 `[1]`, not 0 if a
-        block has a scale of its own: see `mxkernels.FoldedTensor`.
+        block has a scale of its own, and uint8 `[ceil(R/r)]`, in which rows of blocks: see `mxkernels.FoldedTensor`.
     """
     rows, cols = codes.shape
     is_nan = scale == NAN_BYTE
@@ -105,9 +105,12 @@ def fold(codes: torch.Tensor, scale: torch.Tensor, spec: MXSpec, window: Window)
     shift = (scale.int() - folded_scale).masked_fill(is_nan, 0)
     folded = encode(values * power_of_two(_spread(shift, spec, rows, cols)), window.carrier, None)
     folded = folded.masked_fill(_spread(is_nan, spec, rows, cols), 0x7F)
-    outside = ((values != 0) & ~_spread(fits, spec, rows, cols)).any()
+    row = ((values != 0) & ~_spread(fits, spec, rows, cols)).any(1)
+    height = spec.block.rows
+    outside = torch.nn.functional.pad(row, (0, -rows % height)).view(-1, height).any(1)
     folded_scale = folded_scale.masked_fill(is_nan, NAN_BYTE)
-    return folded, folded_scale.to(torch.uint8), reference.to(torch.uint8), outside.int().reshape(1)
+    flags = outside.any().int().reshape(1), outside.to(torch.uint8)
+    return folded, folded_scale.to(torch.uint8), reference.to(torch.uint8), *flags
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tabulate import tabulate
 
 from .formats import FORMATS
 from .gpu import Capabilities
 from .support import support_matrix
-from .tune import Stamp, left_out, sources
+from .tune import left_out, serving
 
 Row = dict[str, Any]
 
@@ -79,10 +80,10 @@ def support_table(capabilities: Capabilities | None) -> str:
     return tabulate(table, ["op", *FORMATS, "instruction"], tablefmt="simple")
 
 
-def configs_text(stamp: Stamp) -> str:
+def configs_text(device: torch.device) -> str:
     """Where the configs of a GPU come from, and which are left out: a line each."""
-    lines = [f"{source.origin}: {len(source.entries)} in {source.path}" for source in sources(stamp) if source.entries]
-    lines += [f"not used: {sentence}" for sentence in left_out(stamp)]
+    lines = [f"{source.origin}: {len(source.entries)} in {source.path}" for source in serving(device)]
+    lines += [f"not used: {sentence}" for sentence in left_out(device)]
     return "\n".join(f"configs    {line}" for line in [*lines, "rule: for all other problems"])
 
 

@@ -11,17 +11,20 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
 from .tune import Choice, Config, Entry, Problem, Stamp, cache_path, find_config, load, recording, share, store
 from .tune.limits import Footprint, Limits
+from .tune.ranks import joined, one_of_many
 from .tune.search import Breadth, Progress, search
 from .tune.space import candidates
 from .tune.task import Result, Task
 from .tune.worker import Handler
+
+T = TypeVar("T")
 
 _CEILING_S = 0.1  # that each limit is measured
 
@@ -52,19 +55,33 @@ def autotune(
     Raises:
         ValueError: there is no GPU, or `what` met no problem.
         tune.TableError: the table cannot be written.
+        RuntimeError: this process was launched as one of many, and has not joined them yet.
 
-    In a job of many processes all call it: each runs `what`, the first tunes what it met, and all use what it found.
+    In a job of many processes all call it: each runs `what`, the first tunes all that any of them met, and all use
+    what it found. What one of them raises, all raise: the others as a RuntimeError that names it.
     """
-    if not 0 < budget < float("inf"):
-        raise ValueError(f"budget is {budget}; allowed: seconds above 0")
-    if jobs is not None and jobs < 1:
-        raise ValueError(f"jobs is {jobs}; allowed: 1 and more, or None")
-    device = tuning_device()
-    problems = problems_of(what)
-    options: dict[str, Any] = {"budget": budget, "jobs": jobs, "progress": progress, "path": path}
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return tune_problems(problems, device, **options)
-    return _on_the_first_rank(partial(tune_problems, problems, device, **options))
+
+    def prepare() -> list[Problem]:
+        if not 0 < budget < float("inf"):
+            raise ValueError(f"budget is {budget}; allowed: seconds above 0")
+        if jobs is not None and jobs < 1:
+            raise ValueError(f"jobs is {jobs}; allowed: 1 and more, or None")
+        tuning_device()
+        return problems_of(what)
+
+    def find(problems: list[Problem]) -> list[Result]:
+        if not problems and callable(what):
+            raise ValueError("what met no problem: it ran no op of this library on a GPU")
+        return tune_problems(problems, tuning_device(), budget=budget, jobs=jobs, progress=progress, path=path)
+
+    if not one_of_many():
+        return find(prepare())
+    if not joined():
+        raise RuntimeError(
+            "WORLD_SIZE says that this process is one of many, but it has not joined them; "
+            "allowed: after torch.distributed.init_process_group"
+        )
+    return _with_all_ranks(prepare, find)
 
 
 def tuning_device() -> torch.device:
@@ -86,8 +103,6 @@ def problems_of(what: Callable[[], object] | Problem | Iterable[Problem]) -> lis
         with recording() as met:
             what()
         what = list(met)
-        if not what:
-            raise ValueError("what met no problem: it ran no op of this library on a GPU")
     by_key: dict[str, Problem] = {}
     for problem in what:
         if not isinstance(problem, Problem):
@@ -111,13 +126,15 @@ def tune_problems(
     breadth: Breadth | None = None,
 ) -> list[Result]:
     """`autotune` of problems, in this process alone."""
-    limits, stamp = Limits.of(device), Stamp.of(device)
-    path = store({}, stamp, path)  # what cannot be written is said before anything is measured
+    if not problems:
+        return []
+    limits = Limits.of(device)
+    path = store({}, Stamp.of(device, problems[0].op), path)  # says what cannot be written before anything is measured
 
     def found(result: Result) -> None:
         if result.before_us is not None and result.after_us is not None:
             entry = Entry(result.config, result.before_us, result.after_us, date.today().isoformat())
-            store({result.problem.key: entry}, stamp, path)
+            store({result.problem.key: entry}, Stamp.of(device, result.problem.op), path)
 
     return search(
         [task(problem, limits, device) for problem in problems],
@@ -132,9 +149,12 @@ def tune_problems(
     )
 
 
-def untuned(problems: Iterable[Problem], stamp: Stamp, path: Path | None = None) -> list[Problem]:
+def untuned(problems: Sequence[Problem], device: torch.device, path: Path | None = None) -> list[Problem]:
     """Those that a table, or the user's cache, has nothing for."""
-    known = load(path or cache_path(stamp)).entries(stamp)[0]
+    known: set[str] = set()
+    for op in {problem.op for problem in problems}:
+        stamp = Stamp.of(device, op)
+        known |= load(path or cache_path(stamp)).entries(stamp, op)[0].keys()
     return [problem for problem in problems if problem.key not in known]
 
 
@@ -156,22 +176,38 @@ def task(problem: Problem, limits: Limits, device: torch.device | None = None) -
     return Task(problem, workload(problem, META, limits).work, before, tuple(configs))
 
 
-def _on_the_first_rank(tune: Callable[[], list[Result]]) -> list[Result]:
-    """Tune there, have all wait, and all use what was found: results or the exception for every rank."""
+def _with_all_ranks(
+    prepare: Callable[[], list[Problem]], find: Callable[[list[Problem]], list[Result]]
+) -> list[Result]:
+    """Have the first rank find configs for what all of them prepare, and all use these."""
     group = distributed.new_group(backend="gloo", timeout=timedelta(days=1))  # for it may take longer than others wait
-    outcome: list[Any] = [None]
-    if distributed.get_rank() == 0:
-        try:
-            outcome = [tune()]
-        except Exception as error:
-            outcome = [error]
-    distributed.broadcast_object_list(outcome, src=0, group=group)
-    distributed.destroy_process_group(group)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
+    try:
+        problems = problems_of(problem for its in _gathered(prepare, group) for problem in its)
+        found: list[list[Result]] = _gathered(lambda: find(problems) if distributed.get_rank() == 0 else [], group)
+    finally:
+        distributed.destroy_process_group(group)
     share()
-    results: list[Result] = outcome[0]
-    return results
+    return found[0]
+
+
+def _gathered(make: Callable[[], T], group: distributed.ProcessGroup) -> list[T]:
+    """What `make` returns on each rank. Where it raises on one, that one raises it, once the others know, and they
+    raise a RuntimeError that says so: none waits for it."""
+    mine: T | None = None
+    failure: Exception | None = None
+    try:
+        mine = make()
+    except Exception as error:
+        failure = error
+    words = None if failure is None else f"{type(failure).__name__}: {failure}"  # for not all exceptions can be sent
+    answers: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(answers, (mine, words), group)
+    if failure is not None:
+        raise failure
+    for rank, (_, raised) in enumerate(answers):
+        if raised is not None:
+            raise RuntimeError(f"rank {rank} raised {raised}")
+    return [its for its, _ in answers]
 
 
 # --- in processes of their own -----------------------------------------------------------------------------

@@ -59,8 +59,7 @@ def folding(text: str) -> Maker:
 
         def fold() -> Outputs:
             plan = PoisonedPlan(device, part.parts)
-            products.plan_fold(plan, part, shape[2])
-            codes, *rest = plan.finish()[:4]
+            codes, *rest = products.plan_fold(plan, part, shape[2]).parts[:4]
             return [codes.view(torch.uint8)[:, : shape[2]], *rest]
 
         return fold
@@ -77,8 +76,7 @@ def quantizing_and_folding(text: str) -> Maker:
 
         def fold() -> Outputs:
             plan = PoisonedPlan(device, [x, seed])
-            products.plan_quantize_fold(plan, x, spec, seed)
-            codes, *rest = plan.finish()[:4]
+            codes, *rest = products.plan_quantize_fold(plan, x, spec, seed)[:4]
             return [codes.view(torch.uint8)[:, : shape[2]], *rest]
 
         return fold

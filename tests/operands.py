@@ -93,8 +93,7 @@ def run(
     parts = [launchable(side.parts, side.kind) for side in sides]
     left, right = (Operand.of_kind(p, side.kind, side.rows) for p, side in zip(parts, sides, strict=True))
     plan = PoisonedPlan(a.device, [*left.parts, *right.parts, bias])
-    products.plan_product(plan, left, right, a.shape[-1], bias, dtype, path)
-    return plan.finish()[0]
+    return products.plan_product(plan, left, right, a.shape[-1], bias, dtype, path)
 
 
 def check(a, b, path: str, **options: object) -> None:

@@ -23,7 +23,7 @@ import mxkernels as mx
 from mxkernels import cli_tune, tune, tuner
 from mxkernels.cli import cli
 from mxkernels.problems import CASTS, cast_problems, product_problems
-from mxkernels.tune import CastConfig, Choice, HopperConfig, Problem
+from mxkernels.tune import CastConfig, Choice, HopperConfig, Problem, contest
 from mxkernels.tune.limits import Limits
 from mxkernels.tune.search import Breadth
 from mxkernels.tune.task import Fault, Result, Task
@@ -218,8 +218,7 @@ def test_problems_of_a_callable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
             )
 
     assert [problem.shape for problem in problems_of(step)] == [(2048, 64), (8, 64)]
-    with pytest.raises(ValueError, match="what met no problem"):
-        problems_of(lambda: None)
+    assert problems_of(lambda: None) == []
     assert problems_of(QUANTIZE) == [QUANTIZE]
     with pytest.raises(TypeError, match="what has a str; allowed: a callable, a Problem, or several of them"):
         problems_of(["quantize"])
@@ -280,7 +279,7 @@ def test_what_is_found_serves_from_then_on(h200: Path) -> None:
     assert (result.before.origin, result.before_us, result.config.wide) == ("rule", 100, True)
     choice = tune.find_config(QUANTIZE, DEVICE, lambda: result.before.config)
     assert choice == Choice(result.config, "cache")
-    entry = tune.load(h200).entries(H200)[0][QUANTIZE.key]
+    entry = tune.load(h200).entries(H200, "quantize")[0][QUANTIZE.key]
     assert (entry.before_us, entry.after_us) == (result.before_us, result.after_us) == (100, 80)
     (again,) = autotune(QUANTIZE, jobs=1)
     assert (again.before.origin, again.config, again.gain) == ("cache", result.config, 1)
@@ -293,20 +292,32 @@ def test_each_result_is_stored_at_once(h200: Path, monkeypatch: pytest.MonkeyPat
 
     def interrupted(stage: str, done: int, total: int, text: str) -> None:
         if stage == "measure" and done == 1:
-            stored.append(len(tune.load(h200).entries(H200)[0]))
+            stored.append(len(tune.load(h200).entries(H200, "quantize")[0]))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         autotune(problems, jobs=1, progress=interrupted)
     assert stored == [1]
-    assert untuned(problems, H200) == problems[1:]
+    assert untuned(problems, DEVICE) == problems[1:]
 
 
 def test_another_table(h200: Path, tmp_path: Path) -> None:
     path = tmp_path / "shipped.json"
     tune_problems([QUANTIZE], DEVICE, budget=60, jobs=1, path=path)
-    assert QUANTIZE.key in tune.load(path).entries(H200)[0]
+    assert QUANTIZE.key in tune.load(path).entries(H200, "quantize")[0]
     assert not h200.exists()
+
+
+def test_what_meets_no_problem(h200: Path) -> None:
+    with pytest.raises(ValueError, match="what met no problem"):
+        autotune(lambda: None)
+    assert autotune([]) == []
+
+
+def test_one_of_many_has_to_join_them_first(h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(RuntimeError, match=r"WORLD_SIZE says .* allowed: after torch\.distributed\.init_process_group"):
+        autotune(QUANTIZE)
 
 
 def test_a_table_that_cannot_be_written_is_refused_before_the_measuring(
@@ -332,13 +343,14 @@ def test_from_the_first_candidate_to_the_stored_config(h200: Path, monkeypatch: 
     install(monkeypatch, h200.parents[1])
     monkeypatch.setattr(Limits, "of", classmethod(lambda cls, device: LIMITS))
     monkeypatch.setattr(tuner, "make_runner", fakes.interpreter)
+    monkeypatch.setattr(contest, "RUN_S", 200.0)  # the interpreter takes most of a second a sample
     problem = Problem("quantize", E2M1, "bfloat16", "rows", (16, 128))
     (result,) = tune_problems([problem], DEVICE, budget=120, jobs=2, breadth=Breadth(3, 2))
     assert not result.faults
     assert (result.compiled, result.run) == (3, 2)
     assert result.before_us > 0
     assert result.limit_us > 0
-    assert tune.load(h200).entries(H200)[0][problem.key].config == result.config
+    assert tune.load(h200).entries(H200, "quantize")[0][problem.key].config == result.config
 
 
 # --- the command -----------------------------------------------------------------------------------------------
@@ -356,7 +368,9 @@ def test_the_command(h200: Path) -> None:
     assert len(lines) == 3
     assert all("rule" in line for line in lines)
     assert f"Stored in {h200}." in done.stderr
-    assert len(tune.load(h200).entries(H200)[0]) == 3
+    counts = {(stamp, op): count for stamp, op, count in tune.load(h200).parts()}
+    assert counts == {(H200.here(op), op): 1 for op in ("quantize", "fold", "quantize_fold")}
+    assert len(tune.load(h200).sections) == 2  # of which the folds share one
 
 
 def test_resume(h200: Path) -> None:
@@ -372,6 +386,12 @@ def test_resume(h200: Path) -> None:
 
 
 def test_export(h200: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for place in (pipe, Path(os.devnull)):
+        done = command("--op", "quantize", "--shape", "64x512", "--jobs", "1", "--export", str(place))
+        assert done.exit_code == 2
+        assert done.stderr.startswith(f"mxkernels: {place} is a ")
     path = tmp_path / "table.json"
     done = command("--op", "quantize", "--shape", "64x512", "--jobs", "1", "--export", str(path))
     assert done.exit_code == 0, done.output
@@ -398,6 +418,26 @@ def test_dry_run_for_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[0].split()[-4:] == ["compile", "compiled", "to", "run"]
     assert done.stdout.splitlines()[2].split()[-3:] == ["32", "32", "12"]
+
+
+def test_a_dry_run_says_what_it_assumes() -> None:
+    """Of another architecture another GPU: what does not fit there is no candidate."""
+    candidates = {}
+    for architecture, model, processors, shared_bytes, gbps in (
+        ("sm_90", "NVIDIA H200", 132, 232448, 4200),
+        ("sm_89", "NVIDIA L40S", 142, 101376, 756),
+    ):
+        limits = Limits.assumed(architecture)
+        problem = product("multiply", "bfloat16 * bfloat16", "bfloat16", "turned * straight", 4096, 4096, 4096)
+        candidates[architecture] = len(task(problem, limits).candidates)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cli_tune, "make_compiler", fakes.counting_compiler)
+            done = command("--op", "quantize", "--shape", "64x512", "--dry-run", "--architecture", architecture)
+        assert (
+            f"Assumed: a GPU like {model}, of {processors} multiprocessors, {shared_bytes} bytes of shared memory "
+            f"a program and {gbps} GB/s."
+        ) in done.stderr
+    assert candidates["sm_89"] < candidates["sm_90"]
 
 
 def test_few_rows_are_multiplied_plain_too() -> None:
@@ -490,7 +530,12 @@ def test_the_measurements_of_the_tuner(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = fakes.problem()
     search = Task(problem, tuning.task(problem, LIMITS).work, Choice(candidates[0], "rule"), candidates)
     shipped = [Choice(fakes.config(120), "shipped")]
-    (row,) = tuning.rows([search], shipped, LIMITS, fakes.compiler, fakes.runner, 1)
+    seen: list[tuple[str, int, int]] = []
+    (row,) = tuning.rows(
+        [search], shipped, LIMITS, fakes.compiler, fakes.runner, 1, lambda *progress: seen.append(progress[:3])
+    )
+    assert {stage for stage, *_ in seen} == {"compile", "measure", "compare", "time"}
+    assert [done for stage, done, total in seen if stage == "compare" and total == 40] == list(range(40))
     assert (row["best_us"], row["shipped_us"], row["rule_us"]) == (111, 120, 150)
     assert row["shipped_over_fastest"] == 120 / 111
     assert row["pruned_us"] <= 150
@@ -498,6 +543,23 @@ def test_the_measurements_of_the_tuner(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["share_of_exhaustive_seconds"] == row["pruned_seconds"] / row["exhaustive_seconds"]
     assert not row["faults"]
     json.dumps(row)
+
+
+def test_the_progress_of_the_measurements(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import tuning
+
+    clock = iter((0.0, 1.0, 2.0, 9.0, 12.0, 13.0))
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: next(clock))
+    lines = tuning.Lines()
+    for done in range(4):
+        lines("compile", done, 9, "a")
+    lines("compare", 0, 9, "a")
+    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
+        "1 s compile 0/9 a",
+        "12 s compile 3/9 a",
+        "13 s compare 0/9 a",
+    ]
 
 
 def test_rows_of_a_group_replace_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -529,24 +591,46 @@ RANK = """
 import sys
 import torch.distributed as distributed
 from mxkernels import tuner
+from mxkernels.tune import Problem
 
 rank, place = int(sys.argv[1]), sys.argv[2]
 distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
 shared = []
 tuner.share = lambda: shared.append(rank)
 
-def found():
-    assert rank == 0
-    return ["found"]
+
+class Unsendable(Exception):
+    def __reduce__(self):
+        raise TypeError("it cannot be pickled")
+
+
+def problem(rows, cols):
+    return Problem("quantize", "e2m1 1x32 rtne even symmetric", "bfloat16", "rows", (rows, cols))
+
+
+def prepare():
+    return [problem(64 - rank, 64), problem(64, 128 * (rank + 1))]
+
 
 def fails():
-    raise ValueError("no place for the table")
+    raise Unsendable(f"{rank} is out of memory")
 
-print(tuner._on_the_first_rank(found), shared == [rank])
-try:
-    tuner._on_the_first_rank(fails)
-except ValueError as error:
-    print(error)
+
+def find(problems):
+    assert rank == 0
+    return [each.shape for each in problems]
+
+
+def say(prepare, find):
+    try:
+        print(tuner._with_all_ranks(prepare, find), shared == [rank])
+    except (RuntimeError, Unsendable) as error:
+        print(f"{type(error).__name__}: {error}")
+
+
+say(prepare, find)
+say(fails if rank == 1 else prepare, find)
+say(prepare, lambda problems: fails())
 print(shared == [rank])
 distributed.destroy_process_group()
 """
@@ -554,7 +638,8 @@ distributed.destroy_process_group()
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without")
 def test_the_first_rank_tunes_for_all(tmp_path: Path) -> None:
-    """The others wait, and get its results or its exception; then all share its table."""
+    """All that any of them met, each problem once. The others wait, and get its results; or, of what one raised, the
+    name of that one. Then all share its table."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     ranks = [
         subprocess.Popen(
@@ -565,5 +650,10 @@ def test_the_first_rank_tunes_for_all(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert outputs == ["['found'] True\nno place for the table\nTrue\n"] * 2
+    first, second = (rank.communicate(timeout=120)[0].splitlines() for rank in ranks)
+    assert first[0] == second[0] == "[(64, 64), (64, 128), (64, 256)] True"
+    assert second[1] == "Unsendable: 1 is out of memory"
+    assert first[1] == "RuntimeError: rank 1 raised Unsendable: 1 is out of memory"
+    assert first[2] == "Unsendable: 0 is out of memory"
+    assert second[2] == "RuntimeError: rank 0 raised Unsendable: 0 is out of memory"
+    assert first[3:] == second[3:] == ["True"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from tuned import H100, H200, PROBLEM, cast, entry, forget, install, ship
+from tuned import H100, H200, PROBLEM, cast, entry, forget, install, keep, ship
 
 from mxkernels import tune
 from mxkernels.cli import cli
@@ -49,21 +49,21 @@ def test_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_list() -> None:
-    """A line a section, the user's first; what is left out says why."""
+    """A line an op of a section, the user's first; what is left out says why."""
     assert invoke("list").stdout == "Nothing is stored.\n"
     tune.store({PROBLEM.key: entry(cast(1)), OTHER.key: entry(cast(2))}, H200)
     tune.store({PROBLEM.key: entry(cast(1))}, replace(H200, triton="3.0.0"))
     ship(H100, {PROBLEM.key: entry(cast(1))})
     (location.SHIPPED / "broken.json").write_text("")
     lines = [" ".join(line.split()) for line in invoke("list").stdout.splitlines()]
-    assert lines[0] == "from GPU SMs Triton configs used"
+    assert lines[0] == "from GPU SMs Triton op configs used"
     assert lines[2:-1] == [
-        f"cache nvidia-h200.json NVIDIA H200 132 3.0.0 1 no: triton 3.0.0, not {H200.triton}",
-        f"cache nvidia-h200.json NVIDIA H200 132 {H200.triton} 2 yes",
+        f"cache nvidia-h200.json NVIDIA H200 132 3.0.0 quantize 1 no: triton 3.0.0, not {H200.triton}",
+        f"cache nvidia-h200.json NVIDIA H200 132 {H200.triton} quantize 2 yes",
         f"shipped broken.json no: {location.SHIPPED / 'broken.json'} is no table of configs: "
         "Expecting value: line 1 column 1 (char 0)",
     ]
-    assert lines[-1] == f"shipped nvidia-h100-pcie.json NVIDIA H100 PCIe 114 {H100.triton} 1 yes"
+    assert lines[-1] == f"shipped nvidia-h100-pcie.json NVIDIA H100 PCIe 114 {H100.triton} quantize 1 yes"
 
 
 def test_list_of_entries() -> None:
@@ -81,7 +81,10 @@ def test_verify(tmp_path: Path) -> None:
     path = tune.store({PROBLEM.key: entry(cast(1)), OTHER.key: entry(cast(2))}, H200)
     tune.store({PROBLEM.key: entry(cast(1))}, replace(H200, triton="3.0.0"))  # another environment's
     result = invoke("verify")
-    assert (result.exit_code, result.stdout) == (0, "Configs: 3, all of which can be used.\n")
+    assert (result.exit_code, result.stdout.splitlines()) == (
+        0,
+        ["Configs: 2, all of which can be used.", "Not used here: 1, of other versions of Triton or of the kernels."],
+    )
     path.write_text(path.read_text().replace('"num_warps": 4', '"num_warps": 5', 4))
     result = invoke("verify")
     assert (result.exit_code, result.stdout) == (1, "")
@@ -96,11 +99,37 @@ def test_verify_names_what_cannot_be_used(tmp_path: Path) -> None:
     result = invoke("verify", str(stale), str(broken))
     assert result.exit_code == 1
     first, second = result.stderr.splitlines()
-    assert first == f"{stale}: measured with kernels 0123, not {H200.kernels}"
+    assert first == f"{stale}: 1 of quantize measured with kernels 0123, not {H200.kernels}"
     assert second.startswith(f"{broken} is no table of configs: ")
     result = invoke("verify", str(tmp_path / "absent.json"))
     assert result.exit_code == 2
     assert "there is no file" in result.stderr
+
+
+def test_an_op_whose_kernels_have_changed_is_listed_and_no_fault_of_the_others() -> None:
+    keep(PROBLEM, cast(1))
+    dequantize = replace(PROBLEM, op="dequantize")
+    path = keep(dequantize, cast(2))
+    assert invoke("verify").stdout == "Configs: 2, all of which can be used.\n"
+    value = path.read_text().replace(H200.here("dequantize").kernels, "0123456789abcdef")
+    path.write_text(value)
+    forget()
+    result = invoke("verify")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"{path}: 1 of dequantize measured with kernels 0123456789abcdef, not ")
+    assert len(result.stderr.splitlines()) == 1
+    uses = [line.split()[6:9] for line in invoke("list").stdout.splitlines()[2:]]
+    assert sorted(uses) == [["dequantize", "1", "no:"], ["quantize", "1", "yes"]]
+    (line,) = invoke("list", "--entries").stdout.splitlines()[2:]
+    assert PROBLEM.key in line
+
+
+def test_keys_of_no_op() -> None:
+    """Such as a later version may have."""
+    path = keep(PROBLEM, cast(1))
+    path.write_text(path.read_text().replace('"quantize | ', '"requantize | '))
+    assert "no: another mxkernels, which knows requantize" in invoke("list").stdout
+    assert "1 of requantize measured with another mxkernels" in invoke("verify").stderr
 
 
 def test_clear_asks() -> None:

@@ -125,6 +125,7 @@ def test_other_changes() -> None:
         RECIPES["mxfp4"].data_gradient, right=MXSpec("e2m1", "16x16"), hadamard=32, random_signs=True
     )
     assert recipe.weight_gradient == replace(RECIPES["mxfp4"].weight_gradient, hadamard=32, random_signs=True)
+    assert Run(TINY, recipe="mxfp4", keep_weights=True).derived() == RECIPES["mxfp4"].replace(keep_weights=True)
     assert Run(TINY, recipe="mxfp8", emulate=True).derived() == RECIPES["mxfp8"].replace(emulate=True)
 
 
@@ -220,6 +221,24 @@ def test_command_draws(text_file: Path, tmp_path: Path) -> None:
     assert (tmp_path / "losses.svg").read_text("utf-8").count("loss, nats a byte") == 1
 
 
+def test_drawing_without_matplotlib_fails_at_the_start(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backend_bases"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("train_gpt.train", None)  # an error if it comes so far
+    status, output = run_main("--data", text_file, "--plot", tmp_path / "losses.png")
+    assert status == 2
+    assert "--plot needs matplotlib, which is not installed: pip install matplotlib" in output
+
+
+def test_a_picture_of_no_known_kind(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    status, output = run_main("--data", text_file, "--plot", tmp_path / "losses.xyz")
+    assert status == 2
+    assert "allowed endings: " in output
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -282,16 +301,55 @@ def test_recorded_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mx_row["vs_torch"] == torch_row["median_us"] / mx_row["median_us"]
 
 
+def test_recorded_serving(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "SERVED_TOKENS", (1, 4))
+    rows = training.serving(((64, 32),), CPU, 0.001)
+    assert [(row["label"], row["tokens"]) for row in rows] == [
+        (label, tokens) for tokens in (1, 4) for label in ("torch", "mxfp4")
+    ]
+    assert [row["weight_bytes"] for row in rows[:2]] == [32 * 64 * 2, 32 * 64 * 17 // 32]  # 4.25 bits an element
+    assert rows[0]["call_vs_torch"] == 1
+    assert rows[1]["call_vs_torch"] == rows[0]["call_median_us"] / rows[1]["call_median_us"]
+    assert {row["graph_median_us"] for row in rows} == {row["graph_vs_torch"] for row in rows} == {None}
+    json.dumps(rows, allow_nan=False)
+
+
 def test_recorded_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "read_text", lambda: CONTENT)
-    monkeypatch.setattr(training, "VARIANTS", (("bf16", True), ("mxfp4", False)))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
     monkeypatch.setattr(training, "TIMED_STEPS", 1)
-    rows = training.step(TINY, CPU)
-    assert [row["vs_bf16_compiled"] for row in rows] == [1, rows[0]["median_ms"] / rows[1]["median_ms"]]
+    rows = training.step(TINY, CPU, (("bf16", True), ("mxfp4", False), ("mxfp4, weights kept", True)))
+    assert [row["label"] for row in rows] == ["bf16", "mxfp4", "mxfp4, weights kept"]
+    assert [row["vs_bf16_compiled"] for row in rows] == [rows[0]["median_ms"] / row["median_ms"] for row in rows]
+    assert len(rows[0]["losses"]) == training.WARM_STEPS + 1
 
 
-@pytest.mark.parametrize("name", ["TRAINING", "LAYERS", "STEP"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], training.VARIANTS),
+        (["--recipe", "mxfp8", "--recipe", "mxfp4, weights kept"], ("bf16", "mxfp8", "mxfp4, weights kept")),
+        (["--recipe", "bf16"], ("bf16",)),
+    ],
+)
+def test_chosen_steps(options: list[str], expected: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In few rows by default; others, compiled, beside what they are compared with."""
+    seen: list[Any] = []
+    monkeypatch.setattr(training, "step", lambda size, device, variants: seen.extend(variants) or [])
+    arguments = ["training.py", "step", "--device", "cpu", "--results", str(tmp_path), *options]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        training.main()
+    assert seen == list(expected if not options else [(label, True) for label in expected])
+
+
+def test_timed_steps_are_those_of_a_normal_run() -> None:
+    """In the warm-up of its learning rate."""
+    last = training.WARM_STEPS + training.TIMED_STEPS - 1
+    assert Run(TINY, training.SCHEDULED_STEPS).lr(last) == TINY.lr * (last + 1) / 100
+
+
+@pytest.mark.parametrize("name", ["TRAINING", "LAYERS", "STEP", "SERVING"])
 def test_the_results_in_the_document_are_the_recorded_ones(name: str) -> None:
     shown = getattr(table, name)
     assert shown.start + shown.text() + shown.end in (ROOT / "docs/training.md").read_text("utf-8")

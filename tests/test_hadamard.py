@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 from ahead_of_time_hadamard import ARCHITECTURES, CASES
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
 
 import mxkernels as mx
 from mxkernels import reference
 from mxkernels.ops import hadamard
 from mxkernels.ops.transform import random_signs
-from mxkernels.recipes import HADAMARD_SIZES
+from mxkernels.recipes import HADAMARD_SIZES, Product, Recipe
 
 ROOT = Path(__file__).parents[1]
 FETCHED = re.search(r"^TRITONS := (.+)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)[1].split()
@@ -26,6 +30,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OP = torch.ops.mxkernels.hadamard.default
 
 each_size = pytest.mark.parametrize("size", HADAMARD_SIZES)
+each_compiler = pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param("inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")),
+    ],
+)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -119,11 +130,89 @@ def test_random_signs() -> None:
     assert torch.equal(random_signs(x, 128), drawn[0])
 
 
+@each_compiler
+def test_two_draws_stay_two(backend: str) -> None:
+    """Of equal arguments, with gradients: then compilers merge calls that they take to be the same."""
+
+    def twice(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return hadamard(x, 128, random_signs(x, 128)), hadamard(x, 128, random_signs(x, 128))
+
+    torch.manual_seed(0)
+    first, second = torch.compile(twice, backend=backend, fullgraph=True)(ordinary(4, 128).requires_grad_())
+    assert not torch.equal(first, second)
+
+
+@each_compiler
+def test_checkpoints_draw_the_same_again(backend: str) -> None:
+    """What is recomputed for the gradient of z is what forward multiplied it by."""
+
+    def function(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return checkpoint(lambda x: hadamard(x, 128, random_signs(x, 128)).sin() * z, x, use_reentrant=False)
+
+    torch.manual_seed(0)
+    x, z = ordinary(4, 128).requires_grad_(), torch.ones(4, 128, requires_grad=True)
+    out = torch.compile(function, backend=backend, fullgraph=True)(x, z)
+    torch.rand(3)  # what moves the generator in between
+    out.sum().backward()
+    assert torch.equal(z.grad, out)
+
+
+def two_layers(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """On one input, with random signs of one size in every product."""
+    recipe = Recipe(*[Product(hadamard=16, random_signs=True)] * 3)
+    return mx.ops.linear(x, w, recipe=recipe), mx.ops.linear(x, v, recipe=recipe)
+
+
+def checkpointed(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return checkpoint(two_layers, x, w, v, use_reentrant=False)
+
+
+def small_integers(seed: int) -> torch.Tensor:
+    return torch.randint(-1, 2, (32, 32), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def gradients(function: Any) -> list[torch.Tensor]:
+    inputs = [small_integers(seed).requires_grad_() for seed in range(3)]
+    torch.manual_seed(0)
+    torch.autograd.backward(function(*inputs), [small_integers(3), small_integers(4)])
+    return [each.grad for each in inputs]
+
+
+@each_compiler
+@pytest.mark.parametrize("layers", [two_layers, checkpointed])
+def test_both_operands_of_a_compiled_product_have_the_same_signs(layers: Any, backend: str) -> None:
+    """Then signs change no product: these are exact, sums of 16 integers up to 1 being quarters in bfloat16."""
+    expected = gradients(lambda x, w, v: (x @ w.T, x @ v.T))
+    found = gradients(torch.compile(layers, backend=backend, fullgraph=True))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_every_product_of_compiled_layers_draws_once() -> None:
+    """In forward; backward finds what it needs."""
+    draws: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        draws.append(len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.randint.low)))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count, partition_fn=min_cut_rematerialization_partition)
+    gradients(torch.compile(two_layers, backend=backend, fullgraph=True))
+    assert draws == [2 * 3, 0]
+
+
+def test_float16_may_overflow() -> None:
+    """To infinity, the sum of a block of its largest values being out of range; just below, not."""
+    x = torch.full((1, 16), 65504.0, dtype=torch.float16)
+    assert hadamard(x, 16).tolist() == [[torch.inf, *[0.0] * 15]]
+    assert hadamard(x / 4, 16).tolist() == [[65504.0, *[0.0] * 15]]
+
+
 @pytest.mark.parametrize("signed", [False, True])
 def test_registration(signed: bool) -> None:
     """opcheck, the fake kernel, and gradients, which are those of a linear map."""
     signs = signs_of(32) if signed else None
     torch.library.opcheck(OP, (ordinary(3, 5, 40, dtype=torch.bfloat16).requires_grad_(), 32, signs))
+    torch.library.opcheck(torch.ops.mxkernels.depend.default, (ordinary(3, 40), [signs_of(32)]))
     x, dy = ordinary(5, 40).requires_grad_(), ordinary(5, 64)
     hadamard(x, 32, signs).backward(dy)
     columns = hadamard(torch.eye(40), 32, signs).double()  # row j: what x[j] contributes
@@ -147,6 +236,20 @@ def test_errors_name_the_argument() -> None:
     ):
         with pytest.raises(error, match=message):
             mx.ops.hadamard(*arguments)
+
+
+def test_recorded_transforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import casts
+
+    rows = casts.transforms(torch.device("cpu"), (4, 256), 0.0)
+    expected = [(size, signed) for size in (16, 32, 64, 128) for signed in (False, True)]
+    assert [(row["size"], row["signs"]) for row in rows] == expected
+    for row in rows:
+        assert row["traffic_bytes"] == 2 * 4 * 256 * 2
+        assert row["gbps"] == row["traffic_bytes"] / row["median_us"] / 1e3
+        assert row["fraction_of_limit"] == row["gbps"] / row["limit_gbps"]
+    json.dumps(rows, allow_nan=False)
 
 
 # --- compiled for GPUs that are not here -------------------------------------------------------------------

@@ -68,15 +68,11 @@ class Draws:
         self.seeds: list[list[torch.Tensor | None]] = []
         self.signs: list[torch.Tensor | None] = []
 
-    def draw_seeds(self, specs: Any, device: torch.device) -> list[torch.Tensor | None]:
+    def draw(self, specs: Any, device: torch.device) -> torch.Tensor:
         first = 100 * len(self.seeds)
-        self.seeds.append(
-            [
-                torch.tensor([first + i]) if isinstance(spec, MXSpec) and spec.stochastic else None
-                for i, spec in enumerate(specs)
-            ]
-        )
-        return self.seeds[-1]
+        drawn = torch.arange(first, first + len(specs)).repeat_interleave(2)
+        self.seeds.append(layer_operand.seeds(drawn, specs))
+        return drawn
 
     def draw_signs(self, product: Product, x: torch.Tensor) -> torch.Tensor | None:
         generator = torch.Generator().manual_seed(len(self.signs))
@@ -88,7 +84,7 @@ class Draws:
 @pytest.fixture
 def draws(monkeypatch: pytest.MonkeyPatch) -> Draws:
     found = Draws()
-    monkeypatch.setattr(linear_function, "draw_seeds", found.draw_seeds)
+    monkeypatch.setattr(linear_function, "draw", found.draw)
     monkeypatch.setattr(linear_function, "draw_signs", found.draw_signs)
     return found
 

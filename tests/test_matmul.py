@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 
@@ -18,6 +19,7 @@ from mxkernels.ops import products
 from mxkernels.ops.operand import Operand, launchable, operand_a, operand_b
 from mxkernels.ops.paths import decodes_apart, streams
 from mxkernels.spec import MXSpec
+from mxkernels.tune import CastConfig, MatmulConfig, guarded_matmul_config, pinned
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -32,10 +34,9 @@ def kernel_fold(q: mx.MXTensor) -> mx.FoldedTensor:
     whole = operand_a(q)
     part = Operand.of_kind(launchable(whole.parts, whole.kind), whole.kind, whole.rows)
     plan = PoisonedPlan(q.device, part.parts)
-    products.plan_fold(plan, part, q.shape[-1])
-    codes, scale, reference, outside, *_ = plan.finish()
+    codes, scale, reference, *flags = products.plan_fold(plan, part, q.shape[-1]).parts
     values = mx.MXTensor(codes.view(torch.uint8)[:, : q.shape[-1]], scale, None, mx.fold(q).values.spec, q.shape)
-    return mx.FoldedTensor(values, reference, outside)
+    return mx.FoldedTensor(values, reference, *flags)
 
 
 def assert_same_fold(q: mx.MXTensor) -> None:
@@ -44,6 +45,7 @@ def assert_same_fold(q: mx.MXTensor) -> None:
     assert torch.equal(found.values.scale, expected.values.scale)
     assert torch.equal(found.reference, expected.reference)
     assert torch.equal(found.outside, expected.outside)
+    assert torch.equal(found.outside_rows, expected.outside_rows)
     same = found.dequantize(torch.float32), q.dequantize(torch.float32)
     assert torch.equal(*(x.contiguous().view(torch.int32) for x in same))
 
@@ -57,27 +59,30 @@ def test_fold_equals_the_reference(element: str, block: str, turned: str) -> Non
 
 def kernel_quantize_fold(x: torch.Tensor, spec: MXSpec, seed: torch.Tensor | None) -> mx.FoldedTensor:
     plan = PoisonedPlan(x.device, [x, seed])
-    products.plan_quantize_fold(plan, x, spec, seed)
-    codes, scale, reference, outside, *_ = plan.finish()
+    codes, scale, reference, *flags = products.plan_quantize_fold(plan, x, spec, seed)
     values = mx.MXTensor(codes.view(torch.uint8)[:, : x.shape[1]], scale, None, folded_spec(spec), x.shape)
-    return mx.FoldedTensor(values, reference, outside)
+    return mx.FoldedTensor(values, reference, *flags)
 
 
 @pytest.mark.parametrize("rounding", ["rtne", "stochastic"])
 @pytest.mark.parametrize("block", ["1x32", "4x4"])
 @pytest.mark.parametrize("element", ["e2m1", "int4", "e2m3"])
 def test_quantising_and_folding_from_one_read(element: str, block: str, rounding: str) -> None:
-    """Whole rows in a tile, rows too long for one, and columns: the bytes of quantising, then folding."""
+    """Whole rows in a tile, pieces of them, and columns: the bytes of quantising, then folding."""
     spec = MXSpec(element, block, rounding, "even")
     seed = torch.tensor([7]) if spec.stochastic else None
     x = torch.randn(10, 200) * 2.0 ** torch.randint(-12, 13, (10, 200))
     x[3, 5], x[5], x[7, 60:70] = torch.nan, 0.0, 1e-30
-    for plain in (x.to(torch.bfloat16), x[:, :30].T):
-        found, expected = kernel_quantize_fold(plain, spec, seed), mx.fold(mx.quantize(plain, spec, seed))
+    long, pieces = x.to(torch.bfloat16), CastConfig(4, 64, 1, wide=True)
+    for plain, config in ((long, None), (long, pieces), (long[:8, :192], pieces), (x[:, :30].T, None)):
+        with nullcontext() if config is None else pinned("quantize_fold", config):
+            found = kernel_quantize_fold(plain, spec, seed)
+        expected = mx.fold(mx.quantize(plain, spec, seed))
         assert torch.equal(found.values.codes, expected.values.codes)
         assert torch.equal(found.values.scale, expected.values.scale)
         assert torch.equal(found.reference, expected.reference)
         assert torch.equal(found.outside, expected.outside)
+        assert torch.equal(found.outside_rows, expected.outside_rows)
 
 
 @pytest.mark.parametrize("element", FOLDABLE)
@@ -92,7 +97,19 @@ def test_fold_at_the_edges_of_the_window(element: str) -> None:
         if row == 2:
             alone.codes[:, 16 * FORMATS[element].bits // 4 :] = 0
         assert_same_fold(alone)
-        assert bool(mx.fold(alone).outside) == (row == 1)
+        assert bool(mx.fold(alone).outside) == bool(mx.fold(alone).outside_rows) == (row == 1)
+
+
+@pytest.mark.parametrize("turned", ["", " T"])
+@pytest.mark.parametrize("block", ["1x32", "4x4", "16x16"])
+def test_fold_says_which_rows_are_outside(block: str, turned: str) -> None:
+    q = operand(70, 96, f"e2m1 {block} rtne even symmetric{turned}", spread=0)
+    height = q.spec.block.rows
+    for row in (5, 66):
+        q.scale[row // height, 0], q.scale[row // height, -1] = 200, 100
+    outside = mx.fold(q).outside_rows
+    assert outside.nonzero().flatten().tolist() == sorted({5 // height, 66 // height})
+    assert_same_fold(q)
 
 
 def test_windows_are_those_of_the_facts() -> None:
@@ -187,8 +204,39 @@ def test_exponents_beyond_the_window_take_the_wide_path() -> None:
     b.scale[:] = b.scale - 100
     assert bool(mx.fold(a).outside)
     expected = run(a, b, "wide")
-    assert torch.equal(run(a, b, "fp8"), expected)
-    assert torch.equal(run(kernel_fold(a), kernel_fold(b), "fp8"), expected)
+    assert torch.equal(run(a, b, "fp8")[3], expected[3])
+    assert torch.equal(run(kernel_fold(a), kernel_fold(b), "fp8")[3], expected[3])
+
+
+@pytest.mark.parametrize("block", ["1x32", "4x4"])
+def test_only_what_is_outside_is_redone(block: str) -> None:
+    """Whatever the tiles: the kernel that redoes a product writes rows and columns that are flagged, and no others."""
+    from mxkernels.ops.matmul_wide_kernel import matmul_wide_launch
+
+    a, b = (operand(rows, 96, f"e2m1 {block} rtne even symmetric", seed) for seed, rows in enumerate((70, 140)))
+    height = a.spec.block.rows
+    for q, row in ((a, 37), (b, 3), (b, 139)):
+        q.scale[row // height, 1], q.scale[row // height, 2] = 170, 40
+    sides = [operand_a(kernel_fold(q)) for q in (a, b)]
+    sides = [Operand.of_kind(launchable(side.parts, side.kind), side.kind, side.rows) for side in sides]
+    redone = torch.zeros(70, 140, dtype=torch.bool)
+    redone[37 // height * height : 37 // height * height + height] = True
+    redone[:, 3 // height * height : 3 // height * height + height] = True
+    redone[:, 139 // height * height :] = True
+
+    def multiply(config: MatmulConfig, flagged: bool, everything: torch.Tensor | None = None) -> torch.Tensor:
+        out = torch.full((70, 140), torch.nan)
+        left, right = (products.wide_operand(side, side if flagged else None) for side in sides)
+        matmul_wide_launch((left, right), 96, None, out, everything, None, False, config).run(out.device)
+        return out
+
+    for config in (guarded_matmul_config(exact=False), MatmulConfig(128, 32, 32, 4, 1)):
+        whole = multiply(config, flagged=False)
+        assert whole.isfinite().all()
+        found = multiply(config, flagged=True)
+        assert torch.equal(found[redone], whole[redone])
+        assert found[~redone].isnan().all()
+        assert torch.equal(multiply(config, True, torch.ones(1, dtype=torch.int32)), whole)
 
 
 @pytest.mark.parametrize("path", ["fp8", "wide"])
@@ -217,10 +265,10 @@ def test_what_parts_hold_is_not_multiplied_again(kind: str) -> None:
     sides = []
     for seed, name in enumerate((kind, "e4m3 1x32 rtne rceil symmetric")):
         side = operand_a(operand(20, 70, name, seed))
-        sides.append(products._wide_operand(Operand.of_kind(launchable(side.parts, side.kind), side.kind, 20)))
+        sides.append(products.wide_operand(Operand.of_kind(launchable(side.parts, side.kind), side.kind, 20)))
     lost, out = torch.zeros(1, dtype=torch.int32), torch.empty(20, 20)
     config = wide_matmul_config(20, 20, 70, exact=False)
-    matmul_wide_launch((sides[0], sides[1]), 70, None, out, (None, None), lost, False, config).run(out.device)
+    matmul_wide_launch((sides[0], sides[1]), 70, None, out, None, lost, False, config).run(out.device)
     assert not lost.any()
 
 

@@ -68,7 +68,7 @@ def kernel_columns(x: mx.MXTensor | mx.FoldedTensor, columns: Columns) -> tuple[
     k = x.shape[-1]
     out = torch.full((x.shape[0], columns.padded(k)), torch.nan)
     outside = torch.zeros(1, dtype=torch.int32)
-    correction_launch(products._wide_operand(side(x)), k, columns, out, outside).run(out.device)
+    correction_launch(products.wide_operand(side(x)), k, columns, out, outside).run(out.device)
     assert out[:, columns.count(k) :].isnan().all(), "written beyond the columns"
     return out[:, : columns.count(k)], bool(outside)
 

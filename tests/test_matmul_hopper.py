@@ -17,9 +17,9 @@ import torch
 from ahead_of_time_hopper import BF16, CASES, E4M3, E5M2, FP16, FP32, Case
 
 from mxkernels import gpu
-from mxkernels.ops.launch import Recording
 from mxkernels.ops.matmul_hopper_kernel import hopper_matmul_launch, hopper_serves
 from mxkernels.ops.matmul_kernel import addend_shape
+from mxkernels.ops.plan import Plan
 from mxkernels.tune import HopperConfig, hopper_config, hopper_tile_config
 
 ROOT = Path(__file__).parents[1]
@@ -184,18 +184,19 @@ def test_small_integers_are_exact_and_exponents_are_added_before_they_are_applie
 def test_a_recorded_launch_moves_to_other_buffers() -> None:
     torch.manual_seed(0)
     m, n, k = 256, 512, 384
-    recording = Recording()
+    plan = None
     outs = []
-    for run in range(2):
+    for _ in range(2):
         a, b = carrier(m, k, E5M2), carrier(n, k, E4M3)
         references = reference(m, 120, 128), reference(n, 120, 128)
         out = torch.empty((m, n), dtype=FP16, device=CUDA)
-        buffers = [a, b, *references, out]
-        launch = hopper_matmul_launch(a, b, k, references, (1, 1), None, out)
-        if run == 0:
-            recording.run(launch, CUDA, buffers)
+        inputs = [a, b, *references, out]
+        if plan is None:
+            plan = Plan(CUDA, inputs)
+            plan.launch(hopper_matmul_launch(a, b, k, references, (1, 1), None, out))
+            plan.finish([])
         else:
-            recording.replay(buffers)
+            plan.replay(inputs, [each.data_ptr() for each in inputs])
         fresh = torch.empty_like(out)
         hopper_matmul_launch(a, b, k, references, (1, 1), None, fresh).run(CUDA)
         assert torch.equal(out, fresh)

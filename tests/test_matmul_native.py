@@ -104,7 +104,7 @@ def test_what_is_folded_is_read_with_a_scale_a_row(text: str, swizzled: bool) ->
     codes = reference.unpack(codes, spec.element, 160)
     scale = (scale - 120) // 4 + 120
     scale[2, 1] = 255
-    folded, _, references, outside = reference.fold(codes, scale, spec, window(spec.element))
+    folded, _, references, outside, _ = reference.fold(codes, scale, spec, window(spec.element))
     assert not outside.any()
     operand = native_operand(folded, scale, folded_spec(spec), 160, swizzled, references)
     packed = reference.pack(codes, spec.element)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,6 +15,7 @@ import torch
 from mxkernels import tune
 from mxkernels.formats import FORMATS
 from mxkernels.spec import MXSpec
+from mxkernels.tune.constraints import stream_bytes
 
 BLOCKS = ("1x2", "2x1", "1x16", "1x32", "1x128", "32x1", "128x1", "4x4", "16x16", "128x128")
 MATRICES = ((1, 1), (3, 5), (100, 7), (7, 4096), (4096, 33), (16384, 16384), (1, 100000))
@@ -35,9 +40,9 @@ def test_casts(name: str, block: str) -> None:
         for layout in ("straight", "turned"):
             problem = tune.Problem.of("fold", spec, torch.float8_e5m2, layout, rows, cols)
             assert_serves(problem, tune.fold_config(spec, rows, cols, layout == "turned"))
-        whole_rows = tune.quantize_fold_config(spec, cols)
-        if whole_rows is not None:
-            assert_serves(replace(problem, op="quantize_fold", layout="rows"), whole_rows)
+        config = tune.quantize_fold_config(spec, cols)
+        if config is not None:
+            assert_serves(replace(problem, op="quantize_fold", layout="rows"), config)
 
 
 PRODUCTS = list(
@@ -75,3 +80,52 @@ def test_block_scaled_products() -> None:
         assert_serves(problem, config)
         if swizzled and shared_bytes == 232448:
             assert tune.obstacle(problem, config, shared_bytes) is None
+
+
+# The shared memory of the kernel for few rows, as compiled: the values of a config on an architecture.
+SHARED = """
+import json, sys
+from mxkernels.tune import Problem, SmallMatmulConfig
+from mxkernels.tune.aot import compile_launch
+from mxkernels.tune.limits import Limits
+from mxkernels.workloads import META, workload
+
+for architecture, key, values in json.loads(sys.argv[1]):
+    launch = workload(Problem.of_key(key), META, Limits(architecture)).launches(SmallMatmulConfig(*values))[0]
+    print(compile_launch(launch, architecture).shared_bytes)
+"""
+
+
+def stream(m: int, spec: str = "e2m1 1x32", layout: str = "prepared") -> tune.Problem:
+    return tune.Problem("stream", f"{spec} rtne even symmetric", "bfloat16", layout, (m, 1024, 2048))
+
+
+def test_the_shared_memory_of_products_of_few_rows() -> None:
+    """On Hopper exactly what is reckoned; on others no less."""
+    pytest.importorskip("triton", reason="kernels need Triton")
+    cases = [
+        ("sm_90", stream(16), tune.SmallMatmulConfig(128, 128, 2, 4, 3)),
+        ("sm_90", stream(64), tune.SmallMatmulConfig(128, 128, 2, 4, 4)),
+        (
+            "sm_90",
+            stream(16, "e2m1 1x128", "stored"),
+            tune.SmallMatmulConfig(64, 128, 2, 4, 3),
+        ),  # too few scale bytes to stage
+        ("sm_90", stream(32, "int4 1x16", "stored"), tune.SmallMatmulConfig(128, 256, 2, 8, 2)),
+        ("sm_90", stream(64), tune.SmallMatmulConfig(256, 256, 2, 8, 5)),  # more than there is
+        ("sm_80", stream(16), tune.SmallMatmulConfig(128, 128, 2, 4, 3)),
+        ("sm_120", stream(64, "int4 1x16", "stored"), tune.SmallMatmulConfig(64, 128, 2, 4, 2)),
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TRITON_INTERPRET", None)
+    requests = [(architecture, problem.key, list(vars(config).values())) for architecture, problem, config in cases]
+    done = subprocess.run(
+        [sys.executable, "-c", SHARED, json.dumps(requests)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = map(int, done.stdout.split())
+    for (architecture, problem, config), compiled in zip(cases, found, strict=True):
+        least = stream_bytes(problem, config)
+        assert compiled == least if architecture == "sm_90" else compiled >= least, (architecture, problem, config)
+        assert (tune.obstacle(problem, config, 232448) is None) == (least <= 232448)
+    assert "its stages take 303104 bytes; allowed: 232448" in (tune.obstacle(*cases[4][1:], 232448) or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -13,13 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tuned import A100, DEVICE, GH200, H100, H200, PROBLEM, RULE, cast, entry, forget, found, install, ship
+from test_imports import MODULES, PACKAGE, imports
+from tuned import A100, B200, DEVICE, GH200, H100, H200, PROBLEM, RULE, cast, entry, forget, found, install, keep, ship
 
 import mxkernels as mx
-from mxkernels import report, tune
+from mxkernels import gpu, report, tune
 from mxkernels.bench import config_source
+from mxkernels.folded import folded_spec
 from mxkernels.ops import paths
-from mxkernels.tune import location, lookup, source
+from mxkernels.tune import location, lookup, source, stamp
 
 pytestmark = pytest.mark.filterwarnings("error")
 Become = Callable[[tune.Stamp], None]
@@ -110,8 +113,8 @@ def test_a_config_that_the_op_cannot_take_is_passed_over(fake_gpu: Become) -> No
     problem = tune.Problem("multiply", "bfloat16 * bfloat16", "bfloat16", "turned * straight", (4096, 4096, 4096))
     rule = tune.MatmulConfig(64, 64, 64, 4, 3)
     hopper, plain = tune.HopperConfig(128, 1, 4), tune.MatmulConfig(128, 128, 64, 8, 3)
-    tune.store({problem.key: entry(hopper)}, H200)
-    ship(H200, {problem.key: entry(plain)})
+    keep(problem, hopper)
+    ship(H200.here("multiply"), {problem.key: entry(plain)})
 
     def choose(serves: Callable[[tune.Config], bool] | None) -> tune.Choice:
         lookup._known.clear()
@@ -132,7 +135,8 @@ def test_the_hopper_kernel_is_not_asked_for_what_it_cannot_do(
         bf16 = torch.bfloat16
         with tune.recording() as seen:
             paths.carrier_choice(4096, n, 512, (bf16, bf16), bf16, DEVICE, turned)
-        tune.store({problem.key: entry(config) for problem in seen}, tune.Stamp.of(DEVICE))
+        for problem in seen:
+            keep(problem, config, tune.Stamp.of(DEVICE, problem.op))
         return paths.carrier_choice(4096, n, 512, (bf16, bf16), bf16, DEVICE, turned)
 
     assert choice(4096) == tune.Choice(config, "cache")
@@ -144,11 +148,84 @@ def test_the_hopper_kernel_is_not_asked_for_what_it_cannot_do(
 
 def test_a_program_has_only_so_much_shared_memory(fake_gpu: Become, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = tune.Problem("multiply", "bfloat16 * bfloat16", "bfloat16", "straight * straight", (64, 64, 64))
-    tune.store({problem.key: entry(tune.MatmulConfig(256, 128, 64, 8, 4))}, H200)
+    keep(problem, tune.MatmulConfig(256, 128, 64, 8, 4))
     assert found(problem).origin == "cache"
     monkeypatch.setattr(lookup, "_shared_bytes", lambda device: 101376)
     lookup._known.clear()
     assert found(problem).origin == "rule"
+
+
+# --- configs that do not compile ---------------------------------------------------------------------------
+
+
+def launch(failing: dict[tune.Config, Exception], problem: tune.Problem = PROBLEM) -> tune.Config:
+    """As `ops` launches what it has not launched before: it looks the config up, and launches. The second launch needs
+    another config, which always compiles."""
+
+    def run() -> tune.Config:
+        config = found(problem).config
+        if config in failing:
+            raise failing[config]
+        found(replace(problem, layout="columns"))
+        return config
+
+    return tune.first_launch(run)
+
+
+def compiler_errors() -> list[Exception]:
+    errors = pytest.importorskip("triton.runtime.errors", reason="the compiler is Triton's")
+    from triton.compiler.errors import CompilationError
+
+    return [
+        errors.OutOfResources(303104, 232448, "shared memory"),
+        errors.PTXASError("Internal Triton PTX codegen error\n" + "much\n" * 1000),
+        CompilationError("def kernel():\n    pass", None, "wrong"),
+        RuntimeError("PassManager::run failed"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_config_that_does_not_compile_is_left_out_with_one_warning(fake_gpu: Become, number: int) -> None:
+    """What comes next serves: another table's, and at last the rule's."""
+    error = compiler_errors()[number]
+    keep(PROBLEM, cast(1))
+    ship(H200, {PROBLEM.key: entry(cast(2))})
+    with pytest.warns(UserWarning, match="the config for quantize .* is left out: ") as caught:
+        assert launch({cast(1): error}) == cast(2)
+    (warning,) = caught
+    assert f"{cast(1)} (origin: cache); {type(error).__name__}: " in str(warning.message)
+    assert len(str(warning.message)) < 500
+    assert launch({cast(1): error}) == cast(2)  # a second warning would be an error
+    with pytest.warns(UserWarning, match=r"\(origin: shipped\)"):
+        assert launch({cast(1): error, cast(2): error}, replace(PROBLEM, shape=(4000, 4096))) == RULE
+    forget()
+    assert found() == tune.Choice(RULE, "rule")
+
+
+def test_other_configs_and_other_errors_are_raised(fake_gpu: Become) -> None:
+    error = compiler_errors()[0]
+    with pytest.raises(type(error)):
+        launch({RULE: error})
+    keep(PROBLEM, cast(1))
+    with pytest.raises(ZeroDivisionError):
+        launch({cast(1): ZeroDivisionError()})
+    with tune.pinned("quantize", cast(3)), pytest.raises(type(error)):
+        launch({cast(3): error})
+    with pytest.raises(type(error)):
+        tune.first_launch(lambda: (_ for _ in ()).throw(error))
+    assert found().origin == "cache"
+    assert not lookup._recordings
+
+
+def test_launches_are_forgotten_where_a_config_is_left_out(fake_gpu: Become) -> None:
+    """Those of other numbers of rows, which share it."""
+    from mxkernels.ops import plan
+
+    keep(PROBLEM, cast(1))
+    plan._plans["a key"] = None
+    with pytest.warns(UserWarning, match="is left out"):
+        launch({cast(1): compiler_errors()[0]})
+    assert not plan._plans
 
 
 # --- pins and recordings -----------------------------------------------------------------------------------
@@ -183,6 +260,44 @@ def test_a_pin_says_what_it_takes() -> None:
             paths.carrier_choice(64, 64, 64, (bf16, bf16), bf16, cpu, (False, False))
 
 
+@pytest.mark.parametrize(("left", "right"), [("e2m1 1x32", "e2m1 1x32"), ("e4m3 1x32", "e2m1 1x16")])
+def test_a_block_scaled_product_is_explained(fake_gpu: Become, left: str, right: str) -> None:
+    """By the config that its launch asks for, and its origin."""
+    pytest.importorskip("triton", reason="the rule stands beside its kernel")
+    from mxkernels.ops.matmul_native_kernel import matmul_native_launch
+    from mxkernels.ops.native_operand import native_operand
+    from mxkernels.ops.operand import Operand
+
+    fake_gpu(B200)
+    meta, capabilities = torch.device("meta"), gpu.capabilities("sm_100")
+    m, n, k = 512, 768, 1024
+
+    def side(text: str, rows: int) -> Operand:
+        spec = mx.MXSpec(*text.split())
+        return Operand(torch.ops.mxkernels.quantize(torch.empty(rows, k, device=meta), str(spec), None), rows, spec)
+
+    a, b = side(left, m), side(right, n)
+    with tune.recording() as explained:
+        explanation = paths.explanation(a, b, k, DEVICE, "auto")
+    assert explanation.path == "native"
+    assert f"{explanation.config} (origin: rule)" in str(explanation)
+    sides = []
+    for operand, fold in zip((a, b), paths.native_folds(a, b, capabilities), strict=True):
+        spec = folded_spec(operand.spec) if fold else operand.spec
+        codes = torch.empty(operand.rows, spec.packed_cols(k), dtype=torch.uint8, device=meta)
+        scale = operand.parts[1]
+        sides.append(native_operand(codes, scale, spec, k, True, scale[:, 0] if fold else None))
+    out = torch.empty(m, n, dtype=torch.bfloat16, device=meta)
+    with tune.recording() as launched:
+        matmul_native_launch(sides[0], sides[1], None, None, out, capabilities=capabilities)
+    assert launched == explained
+    (problem,) = explained
+    config = replace(explanation.config, num_stages=2)
+    keep(problem, config, B200)
+    explanation = paths.explanation(a, b, k, DEVICE, "auto")
+    assert (explanation.config, explanation.origin) == (config, "cache")
+
+
 def test_recordings_nest(fake_gpu: Become) -> None:
     other = replace(PROBLEM, shape=(1, 4096))
     with tune.recording() as outer:
@@ -208,13 +323,12 @@ def test_the_benchmark_names_the_origins(fake_gpu: Become) -> None:
 
 def test_launches_are_forgotten_when_configs_change(fake_gpu: Become) -> None:
     """`ops` remembers launches, and so the configs that they were made with."""
-    from mxkernels import ops
+    from mxkernels.ops import plan
 
     def forgotten(change: Callable[[], object]) -> bool:
-        for memory in (ops._plans, ops._relaunches):
-            memory["a key"] = None
+        plan._plans["a key"] = None
         change()
-        return not ops._plans and not ops._relaunches
+        return not plan._plans
 
     assert forgotten(lambda: tune.store({}, H200))
     assert forgotten(lambda: tune.remove(tune.cache_path(H200)))
@@ -224,8 +338,7 @@ def test_launches_are_forgotten_when_configs_change(fake_gpu: Become) -> None:
     assert forgotten(tune.recording().__enter__)
     lookup._recordings.clear()
     assert not forgotten(found)
-    ops._plans.clear()
-    ops._relaunches.clear()
+    plan._plans.clear()
 
 
 # --- stamps ------------------------------------------------------------------------------------------------
@@ -260,9 +373,10 @@ def test_environments_share_a_file(fake_gpu: Become) -> None:
 def test_shipped_tables_of_another_stamp_are_left_out_quietly(fake_gpu: Become, name: str, stamp: tune.Stamp) -> None:
     ship(replace(stamp, **{name: DIFFERENCES[name]}), {PROBLEM.key: entry(cast(1))})
     assert found().origin == "rule"
-    (sentence,) = tune.left_out(H200)
+    (sentence,) = tune.left_out(DEVICE)
+    assert "1 of quantize in " in sentence
     assert f"measured with {name} {DIFFERENCES[name]}, not" in sentence
-    assert f"configs    not used: {sentence}" in report.configs_text(H200)
+    assert f"configs    not used: {sentence}" in report.configs_text(DEVICE)
 
 
 def test_another_gpu_of_the_same_name_is_the_nearest(fake_gpu: Become) -> None:
@@ -271,42 +385,137 @@ def test_another_gpu_of_the_same_name_is_the_nearest(fake_gpu: Become) -> None:
 
 
 def test_what_serves_a_gpu_is_told(fake_gpu: Become) -> None:
-    assert report.configs_text(H200) == "configs    rule: for all other problems"
+    assert report.configs_text(DEVICE) == "configs    rule: for all other problems"
     cache = tune.store({PROBLEM.key: entry(cast(1))}, H200)
     shipped = ship(H100, {PROBLEM.key: entry(cast(1))})
-    assert report.configs_text(H200).splitlines() == [
+    assert report.configs_text(DEVICE).splitlines() == [
         f"configs    cache: 1 in {cache}",
         f"configs    nearest (NVIDIA H100 PCIe): 1 in {shipped}",
         "configs    rule: for all other problems",
     ]
 
 
-def test_the_hash_of_the_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of sources that make kernels, whatever their ends of lines, and of nothing else."""
-    from mxkernels.tune import stamp
-
+@pytest.fixture
+def sources_of_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the package, whose files are hashed."""
     copy = tmp_path / "mxkernels"
     for path in stamp._PACKAGE.rglob("*.py"):
         (copy / path.relative_to(stamp._PACKAGE)).parent.mkdir(parents=True, exist_ok=True)
         (copy / path.relative_to(stamp._PACKAGE)).write_bytes(path.read_bytes())
     monkeypatch.setattr(stamp, "_PACKAGE", copy)
-
-    def rehashed() -> str:
-        stamp.kernels_hash.cache_clear()
-        return stamp.kernels_hash()
-
-    before = rehashed()
-    for name in ("formats.py", "ops/primitives.py", "ops/tiles.py", "ops/fold_kernel.py"):
-        text = (copy / name).read_bytes()
-        (copy / name).write_bytes(text.replace(b"\n", b"\r\n"))
-        assert rehashed() == before
-        (copy / name).write_bytes(text + b"#")
-        assert rehashed() != before
-        (copy / name).write_bytes(text)
-    (copy / "ops/paths.py").write_text("# another")
-    assert rehashed() == before
+    yield copy
     monkeypatch.undo()
+    forget_sources()
+
+
+def forget_sources() -> None:
     stamp.kernels_hash.cache_clear()
+    forget()
+
+
+def hashes() -> dict[str, str]:
+    stamp.kernels_hash.cache_clear()
+    return {op: stamp.kernels_hash(op) for op in tune.OPS}
+
+
+ALL = set(tune.OPS)
+
+
+@pytest.mark.parametrize(
+    ("name", "ops"),
+    [
+        ("formats.py", ALL),
+        ("ops/primitives.py", ALL),
+        ("ops/tiles.py", ALL),
+        ("ops/quantize_kernel.py", {"quantize", "quantize_pair", "fold", "quantize_fold"}),
+        ("ops/dequantize_kernel.py", {"dequantize"}),
+        ("ops/fold_kernel.py", {"fold", "quantize_fold"}),
+        ("ops/matmul_kernel.py", {"multiply", "stream", "decode_multiply", "native"}),
+        ("ops/matmul_hopper_kernel.py", {"multiply"}),
+        ("ops/matmul_small_kernel.py", {"stream"}),
+        ("ops/matmul_wide_kernel.py", {"decode_multiply"}),
+        ("ops/matmul_native_kernel.py", {"native"}),
+        ("ops/paths.py", set()),
+    ],
+)
+def test_the_hash_of_an_ops_kernels(sources_of_kernels: Path, name: str, ops: set[str]) -> None:
+    """Of the sources that make them, whatever their ends of lines, and of nothing else."""
+    before, text = hashes(), (sources_of_kernels / name).read_bytes()
+    (sources_of_kernels / name).write_bytes(text.replace(b"\n", b"\r\n"))
+    assert hashes() == before
+    (sources_of_kernels / name).write_bytes(text + b"#")
+    after = hashes()
+    assert {op for op in ALL if before[op] != after[op]} == ops
+
+
+# The modules where an op's launches are made.
+LAUNCHES = {
+    "quantize": ["quantize_kernel"],
+    "quantize_pair": ["quantize_kernel"],
+    "dequantize": ["dequantize_kernel"],
+    "fold": ["fold_kernel"],
+    "quantize_fold": ["fold_kernel"],
+    "multiply": ["matmul_kernel", "matmul_hopper_kernel"],
+    "stream": ["matmul_small_kernel"],
+    "decode_multiply": ["matmul_wide_kernel"],
+    "native": ["matmul_native_kernel"],
+}
+
+
+@pytest.mark.parametrize("op", tune.OPS)
+def test_no_source_of_a_kernel_is_missing(op: str) -> None:
+    """What the modules of an op's launches import, and what that imports, wherever it has code for the GPU."""
+    found, waiting = set(), [f"mxkernels.ops.{name}" for name in LAUNCHES[op]]
+    while waiting:
+        name = waiting.pop()
+        if name in MODULES and name not in found and has_device_code(name):
+            found.add(name)
+            waiting += imports(name)
+    files = {MODULES[name].relative_to(PACKAGE).as_posix() for name in found}
+    assert files <= set(stamp.kernel_sources(op))
+    assert {f"ops/{name}.py" for name in LAUNCHES[op]} <= files
+
+
+def has_device_code(name: str) -> bool:
+    """Whether a module has functions for the GPU; or is the one whose tables they are made by."""
+    return name == "mxkernels.formats" or any(
+        isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(each) for each in node.decorator_list)
+        for node in ast.walk(ast.parse(MODULES[name].read_text("utf-8")))
+    )
+
+
+def test_an_edit_of_one_kernel_leaves_the_others_their_configs(fake_gpu: Become, sources_of_kernels: Path) -> None:
+    """And the warning, which comes when the op is met, speaks of it alone."""
+    forget_sources()
+    fold = tune.Problem("fold", PROBLEM.formats, "float8_e5m2", "straight", PROBLEM.shape)
+    for problem in (PROBLEM, fold):
+        keep(problem, cast(1), tune.Stamp.of(DEVICE, problem.op))
+    assert (found().origin, found(fold).origin) == ("cache", "cache")
+    path = sources_of_kernels / "ops/fold_kernel.py"
+    path.write_bytes(path.read_bytes() + b"#")
+    forget_sources()
+    assert found().origin == "cache"
+    with pytest.warns(UserWarning, match=r"nvidia-h200\.json is left out for fold: measured with kernels "):
+        assert found(fold).origin == "rule"
+    (sentence,) = tune.left_out(DEVICE)
+    assert sentence.startswith("1 of fold in ")
+    assert [(each.origin, list(each.entries)) for each in tune.serving(DEVICE)] == [("cache", [PROBLEM.key])]
+
+
+def test_a_section_without_entries_silences_no_warning(fake_gpu: Become) -> None:
+    stale = replace(H200, kernels="0123456789abcdef")
+    path = tune.store({PROBLEM.key: entry(cast(1))}, stale)
+    value = json.loads(path.read_text())
+    value["sections"].append({**vars(H200), "entries": {}})
+    path.write_text(json.dumps(value))
+    tune.store({}, H200)
+    with pytest.warns(UserWarning, match="is left out for quantize"):
+        assert found().origin == "rule"
+
+
+def test_the_warning_speaks_only_of_an_op_that_has_configs(fake_gpu: Become) -> None:
+    tune.store({PROBLEM.key: entry(cast(1))}, replace(H200, kernels="0123456789abcdef"))
+    assert found(replace(PROBLEM, op="dequantize")).origin == "rule"  # a warning would be an error
 
 
 # --- caches that cannot be used ----------------------------------------------------------------------------
@@ -403,9 +612,14 @@ def run_ranks(tmp_path: Path, second: str) -> list[list[str]]:
 
 
 def test_ranks_share_the_first_ones_cache(tmp_path: Path) -> None:
-    """Rank 0 has a config, rank 1 another and one more; shared is what rank 0 had then, for good."""
+    """Rank 0 has a config, rank 1 another and one more; shared is what rank 0 had then, until they part, and not
+    when they join each other anew, whether or not something was looked up in between."""
     same = ["joined: rule, rule", "shared: cache 1, rule", "stored: cache 1, rule", "again: cache 3, rule"]
-    assert run_ranks(tmp_path, "H200") == [["alone: cache 1, rule", *same], ["alone: cache 2, cache 2", *same]]
+    anew = ["joined anew: rule, rule", "joined at once: rule, rule"]
+    assert run_ranks(tmp_path, "H200") == [
+        ["alone: cache 1, rule", *same, "parted: cache 3, rule", *anew],
+        ["alone: cache 2, cache 2", *same, "parted: cache 3, cache 2", *anew],
+    ]
 
 
 def test_ranks_that_differ_share_nothing(tmp_path: Path) -> None:

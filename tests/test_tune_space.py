@@ -8,14 +8,15 @@ import pytest
 
 pytest.importorskip("triton", reason="rules of products ask the kernels")
 
+from mxkernels import gpu
 from mxkernels.tune import CastConfig, Config, HopperConfig, MatmulConfig, Problem, SmallMatmulConfig, obstacle
-from mxkernels.tune.limits import Footprint, Limits, resident
+from mxkernels.tune.limits import MODELS, Footprint, Limits, resident
 from mxkernels.tune.model import Work, predicted_us
 from mxkernels.tune.space import candidates, steps
 from mxkernels.workloads import rule_config, serves
 
 H200 = Limits("sm_90")
-A100 = Limits("sm_80", processors=108, shared_bytes=166912, processor_shared_bytes=167936, gbps=1800, ghz=1.4)
+A100 = Limits.assumed("sm_80")
 SPEC = "{} rtne even symmetric"
 BLOCKS = ("1x32", "1x16", "4x4", "16x16", "32x32", "32x1")
 LARGE, LAYER = (16384, 16384), (4096, 14336, 4096)
@@ -150,6 +151,24 @@ def test_splits_of_k_occupy_the_gpu() -> None:
     )
     assert eight < one
     assert eight < many
+
+
+def test_limits_are_known_for_every_architecture() -> None:
+    """The bytes of shared memory a program are CUDA's, whose table has KiB: 163, 99, 99, 227, 227, 227, 99."""
+    assert set(MODELS) == set(gpu.ARCHITECTURES)
+    assert {name: Limits.assumed(name).shared_bytes for name in gpu.ARCHITECTURES} == {
+        "sm_80": 166912,
+        "sm_86": 101376,
+        "sm_89": 101376,
+        "sm_90": 232448,
+        "sm_100": 232448,
+        "sm_103": 232448,
+        "sm_120": 101376,
+        "gfx950": 163840,
+    }
+    assert all(Limits.assumed(name).architecture == name for name in gpu.ARCHITECTURES)
+    assert Limits.assumed("sm_90") == Limits("sm_90")
+    assert Limits.assumed("sm_110") == replace(Limits("sm_90"), architecture="sm_110")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -41,9 +42,10 @@ def path(tmp_path: Path) -> Path:
 
 
 def stored(path: Path, stamp: tune.Stamp = H200) -> dict[str, tune.Entry]:
-    entries, faults = tune.load(path).entries(stamp)
-    assert not faults
-    return entries
+    table = tune.load(path)
+    parts = [table.entries(stamp, op) for op in tune.OPS]
+    assert not any(faults for _, faults in parts)
+    return {key: each for entries, _ in parts for key, each in entries.items()}
 
 
 # --- what is in them ---------------------------------------------------------------------------------------
@@ -61,6 +63,8 @@ def test_what_is_stored_comes_back(path: Path) -> None:
     assert tune.store(entries, H200, path) == path
     assert stored(path) == entries
     assert tune.load(path.with_name("absent.json")) == tune.Table()
+    tune.store({}, H100, path)
+    assert list(tune.load(path).sections) == [H200]  # none without entries
 
 
 def test_the_file(path: Path) -> None:
@@ -136,9 +140,10 @@ def change(path: Path, problem: tune.Problem, config: tune.Config, values: dict[
             place[name] = each
     value["sections"][0]["entries"][found.pop("key", problem.key)] = found
     path.write_text(json.dumps(value))
-    entries, faults = tune.load(path).entries(H200)
-    assert not entries
-    return faults
+    read = tune.load(path)
+    ops = {op for _, op, _ in read.parts()}
+    assert not any(read.entries(H200, op)[0] for op in ops)
+    return [fault for op in ops for fault in read.entries(H200, op)[1]]
 
 
 @pytest.mark.parametrize(
@@ -236,8 +241,8 @@ def test_tiles_hold_whole_blocks_rows_and_words() -> None:
     assert "tile_cols is 8; allowed: powers of two from 16" in words("fold", tall, (64, 64), 32, 8, 4)
     assert "tile_rows is 16; allowed: powers of two from 32" in words("quantize_pair", SPEC, (64, 64), 16, 64, 4)
     assert "tile_rows is 8; allowed: powers of two from 16" in words("quantize", SPEC, (64, 64), 8, 64, 4, True)
-    assert "tile_cols is 1024; allowed: powers of two from 1025" in words("quantize_fold", SPEC, (64, 1025), 1, 1024, 4)
-    assert not words("quantize_fold", SPEC, (64, 1024), 1, 1024, 4)
+    assert "tile_cols is 32; allowed: powers of two from 64" in words("quantize_fold", SPEC, (64, 1024), 1, 32, 4)
+    assert not words("quantize_fold", SPEC, (64, 1025), 1, 1024, 4)
 
 
 # --- files that are no tables ------------------------------------------------------------------------------
@@ -300,20 +305,32 @@ def test_a_file_that_is_too_large(path: Path) -> None:
         tune.load(path)
 
 
+def untouched(path: Path, what: str) -> None:
+    """Storing refuses what cannot be a table, and leaves it and its surroundings alone."""
+    before = sorted(path.parent.iterdir()), path.lstat().st_ino
+    for use in (lambda: tune.load(path), lambda: tune.store({PROBLEM.key: entry(cast(1))}, H200, path)):
+        with pytest.raises(tune.TableError, match=f"{re.escape(str(path))} is {what}; allowed: a file") as caught:
+            use()
+        assert not isinstance(caught.value, tune.BrokenTable)
+    assert (sorted(path.parent.iterdir()), path.lstat().st_ino) == before
+
+
 def test_a_folder_in_its_place(path: Path) -> None:
     (path / "inner").mkdir(parents=True)
-    with pytest.raises(tune.BrokenTable, match="it is no regular file"):
-        tune.load(path)
-    tune.store({PROBLEM.key: entry(cast(1))}, H200, path)
-    assert PROBLEM.key in stored(path)
-    assert path.with_name("table.json.broken").joinpath("inner").is_dir()
+    untouched(path, "a folder")
 
 
 def test_a_pipe_in_its_place(path: Path) -> None:
-    """Nobody waits for somebody to write into it."""
+    """Nobody waits for somebody to read from it, or write into it; not behind a link either."""
     os.mkfifo(path)
-    with pytest.raises(tune.BrokenTable, match="it is no regular file"):
-        tune.load(path)
+    untouched(path, "a pipe")
+    link = path.with_name("link.json")
+    link.symlink_to(path)
+    untouched(link, "a pipe")
+
+
+def test_a_device_in_its_place() -> None:
+    untouched(Path(os.devnull), "a device or socket")
 
 
 def test_a_link_stays_one(path: Path, tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ from mxkernels import gpu, tune
 from mxkernels.tune import events, location, lookup, ranks, source, stamp
 
 DEVICE = torch.device("cuda", 0)
-H200 = tune.Stamp("NVIDIA H200", "sm_90", 132, stamp.triton_version(), stamp.kernels_hash())
+# Of quantising, as PROBLEM is.
+H200 = tune.Stamp("NVIDIA H200", "sm_90", 132, stamp.triton_version(), stamp.kernels_hash("quantize"))
 H100 = replace(H200, gpu="NVIDIA H100 PCIe", sm_count=114)
 GH200 = replace(H200, gpu="NVIDIA GH200", sm_count=130)
 A100 = replace(H200, gpu="NVIDIA A100", architecture="sm_80", sm_count=108)
+B200 = replace(H200, gpu="NVIDIA B200", architecture="sm_100", sm_count=148)
 
 SPEC = "e2m1 1x32 rtne even symmetric"
 PROBLEM = tune.Problem("quantize", SPEC, "bfloat16", "rows", (4096, 4096))
@@ -45,12 +47,14 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Callable[[tune.Sta
     monkeypatch.setattr(location, "SHIPPED", folder / "shipped")
     monkeypatch.setattr(source, "_warned", set())
     monkeypatch.setattr(ranks, "_shared", None)
+    monkeypatch.setattr(ranks, "_world", None)
+    monkeypatch.setattr(lookup, "_struck", set())
 
     def become(stamp: tune.Stamp) -> None:
-        major, minor = stamp.architecture.removeprefix("sm_")
+        *major, minor = stamp.architecture.removeprefix("sm_")
         properties = SimpleNamespace(
             name=stamp.gpu,
-            major=int(major),
+            major=int("".join(major)),
             minor=int(minor),
             multi_processor_count=stamp.sm_count,
             shared_memory_per_block_optin=232448,
@@ -67,6 +71,11 @@ def forget() -> None:
     for cached in (gpu.architecture, gpu.device_capabilities, stamp._stamp, lookup._shared_bytes):
         cached.cache_clear()
     events.TABLES_CHANGED.happened()
+
+
+def keep(problem: tune.Problem, config: tune.Config, gpu: tune.Stamp = H200) -> Path:
+    """Store a config for a problem of any op in the cache."""
+    return tune.store({problem.key: entry(config)}, gpu.here(problem.op))
 
 
 def ship(stamp: tune.Stamp, entries: dict[str, tune.Entry]) -> Path:

@@ -24,6 +24,10 @@ def say(when: str) -> None:
     print(f"{when}: {', '.join(choice.origin + names[choice.config] for choice in choices)}")
 
 
+def meet(place: Path, rank: int) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+
+
 def main(rank: int, stamp: tune.Stamp, folder: Path) -> None:
     warnings.simplefilter("ignore")
     become = tuned.install(pytest.MonkeyPatch(), folder / str(rank))
@@ -32,7 +36,7 @@ def main(rank: int, stamp: tune.Stamp, folder: Path) -> None:
     problems = [tuned.PROBLEM] if rank == 0 else [tuned.PROBLEM, OTHER]
     tune.store({problem.key: tuned.entry(tuned.cast(rank + 1)) for problem in problems}, stamp)
     say("alone")
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    meet(folder / "meet", rank)
     say("joined")
     try:
         tune.share()
@@ -44,6 +48,14 @@ def main(rank: int, stamp: tune.Stamp, folder: Path) -> None:
     say("stored")
     tune.share()
     say("again")
+    distributed.destroy_process_group()
+    say("parted")
+    meet(folder / "again", rank)
+    say("joined anew")
+    tune.share()
+    distributed.destroy_process_group()
+    meet(folder / "at once", rank)
+    say("joined at once")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import gpu, reference, tune
+from .. import gpu, reference
 from ..folded import FoldedTensor, folded_spec, window
 from ..prepared import PreparedTensor
 from ..spec import MXSpec
@@ -31,6 +31,7 @@ from .operand import (
     padded,
 )
 from .paths import PATHS, Explanation, choose, explanation, refusal, streams
+from .plan import Plan, Tensors, recorded
 
 __all__ = ["dequantize", "explain", "fold", "hadamard", "linear", "matmul", "quantize", "quantize_pair"]
 
@@ -70,7 +71,7 @@ def quantize(x: torch.Tensor, spec: MXSpec, seed: int | torch.Tensor | None = No
     A block that holds NaN or Inf becomes NaN as a whole. Source: `docs/numerics.md`.
     """
     _check_input(x, spec)
-    op = _quantize_cuda if _is_eager(x) else torch.ops.mxkernels.quantize.default
+    op = _quantize_cuda if is_eager(x) else torch.ops.mxkernels.quantize.default
     parts = op(_plain(x), str(spec), _seed_tensor(seed, spec, x.device))
     return _as_tensor(parts, spec, x.shape)
 
@@ -82,7 +83,7 @@ def quantize_pair(x: torch.Tensor, spec: MXSpec, seed: int | torch.Tensor | None
     transpose of the matrix `[rows, columns]` that it flattens to.
     """
     _check_input(x, spec)
-    op = _quantize_pair_cuda if _is_eager(x) else torch.ops.mxkernels.quantize_pair.default
+    op = _quantize_pair_cuda if is_eager(x) else torch.ops.mxkernels.quantize_pair.default
     parts = op(_plain(x), str(spec), _seed_tensor(seed, spec, x.device))
     rows, cols = _matrix_shape(x.shape)
     half = len(parts) // 2
@@ -105,7 +106,9 @@ def dequantize(q: MXTensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor
     """
     if not isinstance(q, MXTensor):
         raise TypeError(f"q is a {type(q).__name__}; allowed: MXTensor")
-    return q.dequantize(dtype)
+    if q.transposed or not is_eager(q.codes, q.scale):
+        return q.dequantize(dtype)
+    return _dequantize_cuda(q.codes, q.scale, q.offset, str(q.spec), q.shape[-1], dtype)
 
 
 def fold(
@@ -132,7 +135,7 @@ def fold(
             raise ValueError("spec or seed is given, but x is an MXTensor; allowed with one: neither")
         after = _folded(x.spec, "x")
         operand = operand_a(x)
-        fold_codes = _fold_cuda if _is_eager(x.codes) else torch.ops.mxkernels.fold.default
+        fold_codes = _fold_cuda if is_eager(x.codes) else torch.ops.mxkernels.fold.default
         parts = fold_codes(operand.parts[0], operand.parts[1], operand.kind, operand.rows, x.shape[-1])
     else:
         if not isinstance(x, torch.Tensor):
@@ -142,10 +145,12 @@ def fold(
         _check_input(x, spec)
         after = _folded(spec, "spec")
         _check_matrix(x)
-        fold_plain = _quantize_fold_cuda if _is_eager(x) else torch.ops.mxkernels.quantize_fold.default
+        fold_plain = _quantize_fold_cuda if is_eager(x) else torch.ops.mxkernels.quantize_fold.default
         parts = fold_plain(_plain(x), str(spec), _seed_tensor(seed, spec, x.device))
-    codes = parts[0].view(*x.shape[:-1], parts[0].shape[-1])[..., : x.shape[-1]]
-    return FoldedTensor(MXTensor.unchecked(codes, parts[1], None, after, x.shape), parts[2], parts[3])
+    codes = parts[0]
+    if codes.shape != x.shape:
+        codes = codes.view(*x.shape[:-1], codes.shape[-1])[..., : x.shape[-1]]
+    return FoldedTensor(MXTensor.unchecked(codes, parts[1], None, after, x.shape), *parts[2:])
 
 
 def _folded(spec: MXSpec, name: str) -> MXSpec:
@@ -189,7 +194,7 @@ def matmul(
     if path != "auto":
         _insist(path, left, right, k, a.device)
     bias = None if bias is None else _plain(bias)
-    eager = _is_eager(*left.parts, *right.parts, *([] if bias is None else [bias]))
+    eager = is_eager(*left.parts, *right.parts, bias)
     op = _matmul_cuda if eager else torch.ops.mxkernels.matmul.default
     return op(left.parts, left.kind, leading, right.parts, right.kind, n, k, bias, out_dtype, path)
 
@@ -241,14 +246,15 @@ def _check_input(x: torch.Tensor, spec: MXSpec) -> None:
         raise TypeError(f"spec is a {type(spec).__name__}; allowed: MXSpec, such as mxkernels.mxfp4")
 
 
-def _is_eager(*tensors: torch.Tensor) -> bool:
+def is_eager(*tensors: torch.Tensor | None) -> bool:
     """Whether nothing but the kernel would come of dispatching an op on `tensors`, which takes longer than launching
     it."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and all(x.is_cuda and type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
-    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    for x in tensors:
+        if x is not None and not (x.is_cuda and type(x) in (torch.Tensor, torch.nn.Parameter)):
+            return False
+    return True
 
 
 def _plain(x: torch.Tensor) -> torch.Tensor:
@@ -281,7 +287,7 @@ def _seed_tensor(seed: int | torch.Tensor | None, spec: MXSpec, device: torch.de
     return torch.full((1,), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
 
 
-def _matrix_shape(shape: torch.Size) -> tuple[int, int]:
+def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     return prod(shape[:-1]), shape[-1]
 
 
@@ -289,26 +295,27 @@ def _as_tensor(parts: list[torch.Tensor], spec: MXSpec, shape: tuple[int, ...]) 
     return MXTensor.unchecked(parts[0], parts[1], None if spec.symmetric else parts[2], spec, shape)
 
 
-def _empty_parts(x: torch.Tensor, leading: tuple[int, ...], rows: int, cols: int, spec: MXSpec) -> list[torch.Tensor]:
+def _quantized(
+    empty: Callable[..., torch.Tensor], shape: Sequence[int], spec: MXSpec, pair: bool = False
+) -> list[torch.Tensor]:
+    """Codes, scale and, if asymmetric, offset of a tensor of `shape`, and then of its transpose, from
+    `empty(*shape, dtype=dtype)`."""
+    rows, cols = _matrix_shape(shape)
     blocks = spec.scale_shape(rows, cols)
-    parts = [
-        x.new_empty((*leading, spec.packed_cols(cols)), dtype=torch.uint8),
-        x.new_empty(blocks, dtype=torch.uint8),
-    ]
+    parts = [empty(*shape[:-1], spec.packed_cols(cols), dtype=torch.uint8), empty(*blocks, dtype=torch.uint8)]
     if not spec.symmetric:
-        parts.append(x.new_empty(blocks, dtype=torch.float16))
-    return parts
+        parts.append(empty(*blocks, dtype=torch.float16))
+    return parts + _quantized(empty, (cols, rows), spec) if pair else parts
 
 
 def _quantize_fake(x: torch.Tensor, text: str, seed: torch.Tensor | None) -> list[torch.Tensor]:
     _check_matrix(x)
-    rows, cols = _matrix_shape(x.shape)
-    return _empty_parts(x, x.shape[:-1], rows, cols, MXSpec.parse(text))
+    return _quantized(x.new_empty, x.shape, MXSpec.parse(text))
 
 
 def _quantize_pair_fake(x: torch.Tensor, text: str, seed: torch.Tensor | None) -> list[torch.Tensor]:
-    rows, cols = _matrix_shape(x.shape)
-    return _quantize_fake(x, text, seed) + _empty_parts(x, (cols,), cols, rows, MXSpec.parse(text))
+    _check_matrix(x)
+    return _quantized(x.new_empty, x.shape, MXSpec.parse(text), pair=True)
 
 
 def _quantize_cpu(x: torch.Tensor, text: str, seed: torch.Tensor | None) -> list[torch.Tensor]:
@@ -325,22 +332,18 @@ def _quantize_pair_cpu(x: torch.Tensor, text: str, seed: torch.Tensor | None) ->
 
 
 def _quantize_cuda(x: torch.Tensor, text: str, seed: torch.Tensor | None, pair: bool = False) -> list[torch.Tensor]:
-    from .quantize_kernel import quantize_launch, quantize_tensors
+    def run(plan: Plan, inputs: Tensors) -> list[torch.Tensor]:
+        from .quantize_kernel import quantize_launch
 
-    spec = MXSpec.parse(text)
-    key = (text, pair, x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % 16, seed is None or seed.data_ptr() % 16)
-    known = _relaunches.get(key)
+        _check_matrix(x)
+        spec = MXSpec.parse(text)
+        parts = _quantized(plan.buffer, x.shape, spec, pair)
+        plan.launch(quantize_launch(inputs[0], spec, inputs[1], parts))
+        return parts
+
     # A view, or a copy where the leading dimensions do not merge.
-    matrix = x if x.dim() == 2 else x.reshape(_matrix_shape(x.shape))
-    if known is None:
-        parts = (_quantize_pair_fake if pair else _quantize_fake)(x, text, seed)
-        relaunch = quantize_launch(matrix, spec, seed, parts).run(x.device)
-        _remember(key, relaunch, [(part.shape, part.dtype) for part in parts])
-    else:
-        relaunch, shapes = known
-        parts = [torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in shapes]
-        relaunch.run(*quantize_tensors(matrix, seed, parts, spec))
-    return parts
+    prepare = None if x.dim() == 2 else lambda: [as_matrix(x), seed]
+    return recorded(("quantize", text, pair), [x, seed], run, prepare)
 
 
 def _quantize_pair_cuda(x: torch.Tensor, text: str, seed: torch.Tensor | None) -> list[torch.Tensor]:
@@ -350,11 +353,18 @@ def _quantize_pair_cuda(x: torch.Tensor, text: str, seed: torch.Tensor | None) -
 def _dequantize_fake(
     codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, text: str, cols: int, dtype: torch.dtype
 ) -> torch.Tensor:
+    return codes.new_empty(_dequantized_shape(codes, scale, offset, text, cols, dtype), dtype=dtype)
+
+
+def _dequantized_shape(
+    codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, text: str, cols: int, dtype: torch.dtype
+) -> tuple[int, ...]:
+    """Raises TypeError or ValueError for what does not fit."""
     if dtype not in INPUT_DTYPES:
         raise TypeError(f"dtype is {dtype}; allowed: {', '.join(map(str, INPUT_DTYPES))}")
     shape = (*codes.shape[:-1], cols)
     check_parts(codes, scale, offset, MXSpec.parse(text), shape)
-    return codes.new_empty(shape, dtype=dtype)
+    return shape
 
 
 def _dequantize_cpu(
@@ -369,23 +379,19 @@ def _dequantize_cpu(
 def _dequantize_cuda(
     codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, text: str, cols: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    from .dequantize_kernel import dequantize_launch
+    def prepare() -> Tensors:
+        return [part if part is None else part.contiguous() for part in (codes, scale, offset)]
 
-    codes, scale = codes.contiguous(), scale.contiguous()
-    offset = None if offset is None else offset.contiguous()
-    parts = (codes, scale, offset)
-    key = (text, cols, dtype, codes.device, *((p.shape, p.dtype, p.data_ptr() % 16) for p in parts if p is not None))
-    known = _relaunches.get(key)
-    if known is None:
-        out = _dequantize_fake(codes, scale, offset, text, cols, dtype)
-        matrix = out.view(_matrix_shape(out.shape))
-        relaunch = dequantize_launch(*parts, MXSpec.parse(text), matrix).run(codes.device)
-        _remember(key, relaunch, [(out.shape, dtype)])
-    else:
-        relaunch, [(shape, _)] = known
-        out = torch.empty(shape, dtype=dtype, device=codes.device)
-        relaunch.run(*parts, out, None)
-    return out
+    def run(plan: Plan, inputs: Tensors) -> list[torch.Tensor]:
+        from .dequantize_kernel import dequantize_launch
+
+        shape = _dequantized_shape(codes, scale, offset, text, cols, dtype)
+        out = plan.buffer(*shape, dtype=dtype)
+        matrix = out.view(_matrix_shape(shape))
+        plan.launch(dequantize_launch(inputs[0], inputs[1], inputs[2], MXSpec.parse(text), matrix))
+        return [out]
+
+    return recorded(("dequantize", text, cols, dtype), [codes, scale, offset], run, prepare)[0]
 
 
 def _fold_fake(codes: torch.Tensor, scale: torch.Tensor, kind: str, rows: int, k: int) -> list[torch.Tensor]:
@@ -401,6 +407,7 @@ def _empty_folded(like: torch.Tensor, spec: MXSpec, rows: int, k: int) -> list[t
         like.new_empty(blocks, dtype=torch.uint8),
         like.new_empty(blocks[0], dtype=torch.uint8),
         like.new_empty(1, dtype=torch.int32),
+        like.new_empty(blocks[0], dtype=torch.uint8),
     ]
 
 
@@ -421,14 +428,12 @@ def _quantize_fold_cuda(x: torch.Tensor, text: str, seed: torch.Tensor | None) -
     if x.numel() == 0:
         return [part.zero_() for part in _quantize_fold_fake(x, text, seed)]
 
-    def prepare() -> list[Any]:
-        return [as_matrix(x), seed]
+    def run(plan: Plan, inputs: Tensors) -> list[torch.Tensor]:
+        codes, *rest = products.plan_quantize_fold(plan, inputs[0], spec, inputs[1])
+        return [codes.view(torch.uint8), *rest]
 
-    def run(plan: products.Plan, inputs: list[Any]) -> None:
-        products.plan_quantize_fold(plan, inputs[0], spec, inputs[1])
-
-    folded, *rest = _planned(("quantize_fold", text), [x, seed], prepare, run)
-    return [folded.view(torch.uint8), *rest[:3]]
+    prepare = None if x.dim() == 2 else lambda: [as_matrix(x), seed]
+    return recorded(("quantize_fold", text), [x, seed], run, prepare)
 
 
 def _fold_cpu(codes: torch.Tensor, scale: torch.Tensor, kind: str, rows: int, k: int) -> list[torch.Tensor]:
@@ -448,14 +453,14 @@ def _fold_cuda(codes: torch.Tensor, scale: torch.Tensor, kind: str, rows: int, k
     if rows == 0 or k == 0:
         return [part.zero_() for part in _fold_fake(codes, scale, kind, rows, k)]
 
-    def prepare() -> list[Any]:
+    def prepare() -> Tensors:
         return launchable([codes, scale], kind)
 
-    def run(plan: products.Plan, inputs: list[Any]) -> None:
-        products.plan_fold(plan, Operand.of_kind(inputs, kind, rows), k)
+    def run(plan: Plan, inputs: Tensors) -> list[torch.Tensor]:
+        folded, *rest = products.plan_fold(plan, Operand.of_kind(inputs, kind, rows), k).parts
+        return [folded.view(torch.uint8), *rest]
 
-    folded, *rest = _planned(("fold", kind, rows, k), [codes, scale], prepare, run)
-    return [folded.view(torch.uint8), *rest[:3]]
+    return recorded(("fold", kind, rows, k), [codes, scale], run, prepare)
 
 
 def _matmul_fake(
@@ -483,10 +488,10 @@ def _matmul_cuda(
         out = torch.zeros((*a_rows, n), dtype=dtype, device=device)
         return out if bias is None else out + bias.to(dtype)
 
-    def sides(inputs: list[Any]) -> tuple[Operand, Operand]:
+    def sides(inputs: Tensors) -> tuple[Operand, Operand]:
         return Operand.of_kind(inputs[: len(a)], a_kind, m), Operand.of_kind(inputs[len(a) : -1], b_kind, n)
 
-    def prepare() -> list[Any]:
+    def prepare() -> Tensors:
         return [*launchable(a, a_kind), *launchable(b, b_kind), None if bias is None else bias.contiguous()]
 
     if gpu.device_capabilities(device).block_scaled_mma and path in ("auto", "native"):
@@ -495,57 +500,13 @@ def _matmul_cuda(
         if path == "native" or choose(left, right, gpu.device_capabilities(device)) == "native":
             return products.native_product(left, right, k, ready[-1], dtype, device).view(*a_rows, n)
 
-    def run(plan: products.Plan, inputs: list[Any]) -> None:
+    def run(plan: Plan, inputs: Tensors) -> list[torch.Tensor]:
         left, right = sides(inputs)
         chosen = choose(left, right, gpu.device_capabilities(device)) if path == "auto" else path
-        products.plan_product(plan, left, right, k, inputs[-1], dtype, chosen)
+        return [products.plan_product(plan, left, right, k, inputs[-1], dtype, chosen).view(*a_rows, n)]
 
-    key = ("matmul", a_kind, b_kind, m, n, k, dtype, path)
-    out = _planned(key, [*a, *b, bias], prepare, run)[0]
-    return out if len(a_rows) == 1 else out.view(*a_rows, n)
-
-
-def _planned(
-    key: tuple[Any, ...],
-    given: list[Any],
-    prepare: Callable[[], list[Any]],
-    run: Callable[[products.Plan, list[Any]], None],
-) -> list[torch.Tensor]:
-    """What `run` makes of the tensors `given`, once `prepare` has made of them what kernels take, by launches that
-    are remembered."""
-    traits = tuple([x if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16) for x in given])
-    key = (*key, given[0].device, traits)
-    known = _plans.get(key)
-    if known is not None:
-        plan, in_place = known
-        return plan.replay(given if in_place else prepare())
-    inputs = prepare()
-    in_place = all(x is y or x.data_ptr() == y.data_ptr() for x, y in zip(given, inputs, strict=True))
-    inputs = [x if x is None else x.view(x.shape) for x in inputs]  # the same tensor twice is two buffers
-    plan = products.Plan(given[0].device, inputs)
-    run(plan, inputs)
-    if len(_plans) >= _MOST_RELAUNCHES:
-        _plans.clear()
-    _plans[key] = (plan, in_place)
-    return plan.finish()
-
-
-# Beside a plan, whether it takes its inputs as they are given.
-_plans: dict[tuple[Any, ...], tuple[products.Plan, bool]] = {}
-
-# What a kernel's compilation and arguments depend on, to the kernel ready to launch and what it writes.
-_relaunches: dict[tuple[Any, ...], tuple[Any, list[tuple[torch.Size, torch.dtype]]]] = {}
-_MOST_RELAUNCHES = 4096
-
-
-tune.on_change(_plans.clear)
-tune.on_change(_relaunches.clear)
-
-
-def _remember(key: tuple[Any, ...], relaunch: Any, outputs: list[tuple[torch.Size, torch.dtype]]) -> None:
-    if len(_relaunches) >= _MOST_RELAUNCHES:
-        _relaunches.clear()
-    _relaunches[key] = (relaunch, outputs)
+    key = ("matmul", a_kind, b_kind, tuple(a_rows), n, k, dtype, path)
+    return recorded(key, [*a, *b, bias], run, prepare)[0]
 
 
 for _name, _fake, _cpu, _cuda in (

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..recipes import OperandSpec, Recipe
-from .layer_operand import Use, draw_seeds, made
+from .layer_operand import Use, draw, made, seeds
 from .operand import as_matrix
 from .plain import half_precision
 
@@ -49,6 +49,7 @@ class _RoundedGradient(torch.autograd.Function):
 
 
 def _rounded(x: torch.Tensor, spec: OperandSpec, dtype: torch.dtype) -> torch.Tensor:
-    quantized = made(as_matrix(x), Use(spec, 0, None, draw_seeds([spec], x.device)[0]), dtype)
+    (seed,) = seeds(draw([spec], x.device), [spec])
+    quantized = made(as_matrix(x), Use(spec, 0, None, seed), dtype)
     decoded = quantized if isinstance(quantized, torch.Tensor) else quantized.dequantize(half_precision(dtype))
     return decoded.view(x.shape)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .. import gpu
-from ..folded import Window
+from ..folded import Outside, Window
 from ..spec import MXSpec
 from ..tune import CastConfig, Problem, find_config, fold_config
 from .launch import Launch, Layout
@@ -38,12 +38,12 @@ NAN_CODE = tl.constexpr(0x7F)  # of both FP8 formats; what the hardware gives fo
 
 @triton.jit
 def reference_kernel(
-    scale_ptr, reference_ptr, outside_ptr, lines, length, line_stride, stride, span,
+    scale_ptr, reference_ptr, outside_ptr, outside_lines_ptr, lines, length, line_stride, stride, span,
     TOP: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """The reference byte of each line of scales: of its largest that is no NaN, put at the top of the window.
     A line is worked on in spans; `reference_ptr` has those of all lines for the first span, then the second …
-    `outside_ptr`, if not None, is cleared, for the kernel that folds with the references."""
+    The flags, if not None, are cleared, for the kernel that folds with the references."""
     LINES: tl.constexpr = CONFIG.tile_rows
     LENGTH: tl.constexpr = CONFIG.tile_cols
     line_tiles = ceil_div(lines, LINES)
@@ -58,13 +58,14 @@ def reference_kernel(
     reference = tl.maximum(tl.max(largest, axis=1, keep_dims=True) - TOP, 0)
     tl.store(reference_ptr + part * lines + line, reference.to(tl.uint8), mask=line < lines)
     if outside_ptr is not None:
+        tl.store(outside_lines_ptr + line, tl.zeros_like(line).to(tl.uint8), mask=line < lines)
         if tl.program_id(0) == 0:
             tl.store(outside_ptr, 0)
 
 
 @triton.jit
 def fold_kernel(
-    codes_ptr, scale_ptr, reference_ptr, folded_ptr, folded_scale_ptr, outside_ptr,
+    codes_ptr, scale_ptr, reference_ptr, folded_ptr, folded_scale_ptr, outside_ptr, outside_lines_ptr,
     rows, cols, row_bytes, folded_stride,
     ELEMENT: tl.constexpr, WINDOW: tl.constexpr, FOLDED: tl.constexpr, TURNED: tl.constexpr,
     CONFIG: tl.constexpr, LAYOUT: tl.constexpr, GPU: tl.constexpr,
@@ -91,17 +92,25 @@ def fold_kernel(
     block_row = tile_row * (TILE_ROWS // BLOCK.rows) + tl.arange(0, TILE_ROWS // BLOCK.rows)[:, None]
     block_col = tile_col * (TILE_COLS // BLOCK.cols) + tl.arange(0, TILE_COLS // BLOCK.cols)[None, :]
     if TURNED:
-        reference = tl.load(reference_ptr + block_col, mask=block_col < blocks_across).to(tl.int32)
+        line = block_col
+        lines = blocks_across
         folded_block = block_col * blocks_down + block_row
     else:
-        reference = tl.load(reference_ptr + block_row, mask=block_row < blocks_down).to(tl.int32)
+        line = block_row
+        lines = blocks_down
         folded_block = block
+    reference = tl.load(reference_ptr + line, mask=line < lines).to(tl.int32)
     words = load_words(codes_ptr, tile_row, tile_col, rows, row_bytes, TILE_ROWS, TILE_COLS, ELEMENT.bits, LAYOUT)
     i = tl.arange(0, TILE_ROWS)[:, None]
     j = tl.arange(0, TILE_COLS)[None, :]
     inside = (i < rows - tile_row * TILE_ROWS) & (j < cols - tile_col * TILE_COLS)
-    folded, byte = folded_words(words, scale, reference, inside, outside_ptr, ELEMENT, WINDOW, FOLDED, GPU)
+    folded, byte, fits = folded_words(words, scale, reference, ELEMENT, WINDOW, FOLDED, GPU)
     tl.store(folded_scale_ptr + folded_block, byte.to(tl.uint8), mask=exists)
+    if tl.min(tl.min(fits, axis=1), axis=0) == 0:
+        outside = lines_outside(words, fits, inside, ELEMENT, BLOCK, TURNED, GPU)
+        tl.store(outside_lines_ptr + line, outside.to(tl.uint8), mask=outside != 0)
+        if tl.max(tl.max(outside, axis=1), axis=0) != 0:
+            tl.store(outside_ptr, 1)
     if TURNED:
         turned = tl.trans(bytes_of_words(folded).to(tl.uint8))
         i = tile_col * TILE_COLS + tl.arange(0, TILE_COLS)[:, None]
@@ -113,11 +122,11 @@ def fold_kernel(
 
 @triton.jit
 def folded_words(
-    words, scale, reference, inside, outside_ptr,
+    words, scale, reference,
     ELEMENT: tl.constexpr, WINDOW: tl.constexpr, FOLDED: tl.constexpr, GPU: tl.constexpr,
 ):  # fmt: skip
-    """A tile of packed words and the scales of its blocks as words of FP8 codes and scales; sets `outside_ptr` to 1
-    if elements of it are `inside` the matrix, but not within reach of the reference."""
+    """A tile of packed words and the scales of its blocks as words of FP8 codes and scales; and which blocks are
+    within reach of the reference."""
     BLOCK: tl.constexpr = FOLDED.block
     CARRIER: tl.constexpr = FOLDED.element
     is_nan = scale == NAN_BYTE
@@ -126,11 +135,6 @@ def folded_words(
     byte = tl.where(fits, reference, tl.maximum(scale - WINDOW.top, 0))
     factor = scale_value(tl.where(is_nan, 0, scale - byte) + 127)
     byte = tl.where(is_nan, NAN_BYTE, byte)
-    if tl.min(tl.min(fits.to(tl.int32), axis=1), axis=0) == 0:
-        # blocks of zeros have the least scale, but fit anywhere
-        misfit = (decode_words(words, ELEMENT, GPU) != 0) & (spread(fits.to(tl.int32), BLOCK) == 0)
-        if tl.max(tl.max((inside & misfit).to(tl.int32), axis=1), axis=0) != 0:
-            tl.store(outside_ptr, 1)
     if GPU.cvt_fp8:
         factor = tl.where(is_nan, float("nan"), factor)
         if ELEMENT.bits == 4 and not ELEMENT.twos_complement and BLOCK.cols >= 4:
@@ -145,51 +149,126 @@ def folded_words(
         value = decode_words(words, ELEMENT, GPU)
         folded = encode_words(value, spread(factor, BLOCK), kept, 0, FOLDED, 8, GPU)
         folded |= words_of_bytes(tl.where(kept, 0, NAN_CODE))
-    return folded, byte
+    return folded, byte, fits.to(tl.int32)
+
+
+@triton.jit
+def lines_outside(
+    words, fits, inside, ELEMENT: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr, GPU: tl.constexpr
+):
+    """Which rows of blocks of a tile, or columns if TURNED, have an element `inside` the matrix, and not 0, in a block
+    that does not fit: int32, a column or a row of them."""
+    # blocks of zeros have the least scale, but fit anywhere
+    outside = (inside & (decode_words(words, ELEMENT, GPU) != 0) & (spread(fits, BLOCK) == 0)).to(tl.int32)
+    ROWS: tl.constexpr = outside.shape[0]
+    COLS: tl.constexpr = outside.shape[1]
+    if TURNED:
+        by_line = tl.reshape(tl.max(outside, axis=0), [COLS // BLOCK.cols, BLOCK.cols])
+        return tl.max(by_line, axis=1)[None, :]
+    else:
+        by_line = tl.reshape(tl.max(outside, axis=1), [ROWS // BLOCK.rows, BLOCK.rows])
+        return tl.max(by_line, axis=1)[:, None]
 
 
 @triton.jit
 def quantize_fold_kernel(
-    x_ptr, seed_ptr, folded_ptr, folded_scale_ptr, reference_ptr, outside_ptr,
+    x_ptr, seed_ptr, folded_ptr, folded_scale_ptr, reference_ptr, outside_ptr, outside_lines_ptr,
     rows, cols, row_stride, col_stride, folded_stride,
-    SPEC: tl.constexpr, WINDOW: tl.constexpr, FOLDED: tl.constexpr,
+    SPEC: tl.constexpr, WINDOW: tl.constexpr, FOLDED: tl.constexpr, ONE_TILE: tl.constexpr,
     CONFIG: tl.constexpr, LAYOUT: tl.constexpr, GPU: tl.constexpr,
 ):  # fmt: skip
-    """Quantise a matrix to symmetric SPEC and fold that, from one read: a program has whole rows in its tile, and
-    so knows their largest scales before it writes."""
+    """Quantise a matrix to symmetric SPEC and fold that, rows of tiles a program. It reads them twice, the second time
+    from the cache: first for their largest scales; or once, where they are ONE_TILE. `outside_ptr` must hold 0."""
     folded_ptr = folded_ptr.to(tl.pointer_type(tl.uint8))
-    ELEMENT: tl.constexpr = SPEC.element
     BLOCK: tl.constexpr = SPEC.block
     ROWS: tl.constexpr = CONFIG.tile_rows
     COLS: tl.constexpr = CONFIG.tile_cols
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    EXACT_BITS: tl.constexpr = 24 if DTYPE == tl.float32 else (8 if DTYPE == tl.bfloat16 else 11)
     tile_row = tl.program_id(0).to(tl.int64)
-    first = tile_row * ROWS
-    x = load_columns(x_ptr + first * row_stride, rows - first, cols, row_stride, col_stride, ROWS, COLS, 0, 1, LAYOUT)
-    x = to_fp32(x)
-    by_block = tl.reshape(tl.abs(x), [ROWS // BLOCK.rows, BLOCK.rows, COLS // BLOCK.cols, BLOCK.cols])
-    scale = scale_byte(bits_of(block_max(by_block, GPU)), SPEC)
+    row0 = tile_row * ROWS
+    corner = x_ptr + row0 * row_stride
+    tiles = 1 if ONE_TILE else ceil_div(cols, COLS)
+    largest = tl.zeros([ROWS // BLOCK.rows, 1], tl.int32)
+    if ONE_TILE:
+        x = load_columns(corner, rows - row0, cols, row_stride, col_stride, ROWS, COLS, 0, 1, LAYOUT)
+        largest = largest_scale(tile_scale(x, SPEC, GPU))
+    else:
+        for tile_col in range(tiles):
+            col0 = tl.cast(tile_col, tl.int64) * COLS
+            at = corner + col0 * col_stride
+            x = load_columns(at, rows - row0, cols - col0, row_stride, col_stride, ROWS, COLS, 0, 1, LAYOUT)
+            largest = tl.maximum(largest, largest_scale(tile_scale(x, SPEC, GPU)))
+    reference = tl.maximum(largest - WINDOW.top, 0)
+    line = tile_row * (ROWS // BLOCK.rows) + tl.arange(0, ROWS // BLOCK.rows)[:, None]
+    within = line < ceil_div(rows, BLOCK.rows)
+    tl.store(reference_ptr + line, reference.to(tl.uint8), mask=within)
+
+    outside = tl.zeros([ROWS // BLOCK.rows, 1], tl.int32)
+    if ONE_TILE:
+        outside = quantize_fold_tile(
+            x, reference, tile_row, tl.cast(0, tl.int64), rows, cols, folded_stride,
+            seed_ptr, folded_ptr, folded_scale_ptr, SPEC, WINDOW, FOLDED, LAYOUT, GPU,
+        )  # fmt: skip
+    else:
+        for tile_col in range(tiles):
+            col0 = tl.cast(tile_col, tl.int64) * COLS
+            at = corner + col0 * col_stride
+            x = load_columns(at, rows - row0, cols - col0, row_stride, col_stride, ROWS, COLS, 0, 1, LAYOUT)
+            outside |= quantize_fold_tile(
+                x, reference, tile_row, tl.cast(tile_col, tl.int64), rows, cols, folded_stride,
+                seed_ptr, folded_ptr, folded_scale_ptr, SPEC, WINDOW, FOLDED, LAYOUT, GPU,
+            )  # fmt: skip
+    tl.store(outside_lines_ptr + line, outside.to(tl.uint8), mask=within)
+    if tl.max(tl.max(outside, axis=1), axis=0) != 0:
+        tl.store(outside_ptr, 1)
+
+
+@triton.jit
+def tile_scale(x, SPEC: tl.constexpr, GPU: tl.constexpr):
+    """The scale bytes of a tile's blocks; zeros beyond the matrix give the least."""
+    BLOCK: tl.constexpr = SPEC.block
+    magnitude = tl.abs(to_fp32(x))
+    by_block = tl.reshape(magnitude, [x.shape[0] // BLOCK.rows, BLOCK.rows, x.shape[1] // BLOCK.cols, BLOCK.cols])
+    return scale_byte(bits_of(block_max(by_block, GPU)), SPEC)
+
+
+@triton.jit
+def largest_scale(scale):
+    """Of each row of blocks, of those that hold no NaN: int32 `[rows of blocks, 1]`."""
+    return tl.max(tl.where(scale == NAN_BYTE, 0, scale), axis=1, keep_dims=True)
+
+
+@triton.jit
+def quantize_fold_tile(
+    x, reference, tile_row, tile_col, rows, cols, folded_stride, seed_ptr, folded_ptr, folded_scale_ptr,
+    SPEC: tl.constexpr, WINDOW: tl.constexpr, FOLDED: tl.constexpr, LAYOUT: tl.constexpr, GPU: tl.constexpr,
+):  # fmt: skip
+    """Quantise, fold and store tile (tile_row, tile_col); which of its rows of blocks are outside of the window."""
+    ELEMENT: tl.constexpr = SPEC.element
+    BLOCK: tl.constexpr = SPEC.block
+    DTYPE: tl.constexpr = x.dtype
+    EXACT_BITS: tl.constexpr = 24 if DTYPE == tl.float32 else (8 if DTYPE == tl.bfloat16 else 11)
+    ROWS: tl.constexpr = x.shape[0]
+    COLS: tl.constexpr = x.shape[1]
+    scale = tile_scale(x, SPEC, GPU)
     factor = spread(scale_value(254 - scale), BLOCK)
     keep = spread(scale != NAN_BYTE, BLOCK)
     random = 0
     if SPEC.stochastic:
-        row = first + tl.arange(0, ROWS)[:, None]
-        group = tl.arange(0, COLS // 8)[None, :].to(tl.int64)
+        row = tile_row * ROWS + tl.arange(0, ROWS)[:, None]
+        group = tile_col * (COLS // 8) + tl.arange(0, COLS // 8)[None, :]
         random = random_words(tl.load(seed_ptr), row, group, ceil_div(cols, 8))
-    words = encode_words(x, factor, keep, random, SPEC, EXACT_BITS, GPU)
+    words = encode_words(to_fp32(x), factor, keep, random, SPEC, EXACT_BITS, GPU)
 
-    block = block_index(tile_row, 0, cols, BLOCK, ROWS, COLS)
-    exists = block_inside(tile_row, 0, rows, cols, BLOCK, ROWS, COLS)
-    scale = tl.where(exists, scale, NAN_BYTE)  # which takes no part in what follows
-    largest = tl.max(tl.where(scale == NAN_BYTE, 0, scale), axis=1, keep_dims=True)
-    reference = tl.maximum(largest - WINDOW.top, 0)
-    block_row = tile_row * (ROWS // BLOCK.rows) + tl.arange(0, ROWS // BLOCK.rows)[:, None]
-    tl.store(reference_ptr + block_row, reference.to(tl.uint8), mask=block_row < ceil_div(rows, BLOCK.rows))
-    inside = (tl.arange(0, ROWS)[:, None] < rows - first) & (tl.arange(0, COLS)[None, :] < cols)
-    folded, byte = folded_words(words, scale, reference, inside, outside_ptr, ELEMENT, WINDOW, FOLDED, GPU)
+    block = block_index(tile_row, tile_col, cols, BLOCK, ROWS, COLS)
+    exists = block_inside(tile_row, tile_col, rows, cols, BLOCK, ROWS, COLS)
+    folded, byte, fits = folded_words(words, scale, reference, ELEMENT, WINDOW, FOLDED, GPU)
     tl.store(folded_scale_ptr + block, byte.to(tl.uint8), mask=exists)
-    store_words(folded, folded_ptr, tile_row, 0, rows, folded_stride, COLS // 4, LAYOUT)
+    store_words(folded, folded_ptr, tile_row, tile_col, rows, folded_stride, COLS // 4, LAYOUT)
+    outside = tl.zeros([ROWS // BLOCK.rows, 1], tl.int32)
+    if tl.min(tl.min(tl.where(exists, fits, 1), axis=1), axis=0) == 0:
+        # what lies beyond the matrix are zeros
+        outside = lines_outside(words, fits, True, ELEMENT, BLOCK, False, GPU)
+    return outside
 
 
 def reference_launch(
@@ -198,7 +277,7 @@ def reference_launch(
     top: int,
     turned: bool,
     spans: int = 1,
-    outside: torch.Tensor | None = None,
+    outside: Outside | None = None,
 ) -> Launch:
     """The launch that writes the reference `[lines]` of each row of `scale`, or of each column if `turned`; or
     those of `spans` parts of it, `[spans, lines]`, of which another such launch makes one. It clears `outside`."""
@@ -208,7 +287,12 @@ def reference_launch(
     return Launch(
         reference_kernel,
         triton.cdiv(lines, config.tile_rows) * spans,
-        {"scale_ptr": scale, "reference_ptr": reference, "outside_ptr": outside},
+        {
+            "scale_ptr": scale,
+            "reference_ptr": reference,
+            "outside_ptr": outside and outside.any,
+            "outside_lines_ptr": outside and outside.lines,
+        },
         {
             "lines": lines,
             "length": length,
@@ -235,14 +319,14 @@ def quantize_fold_launch(
     reference: torch.Tensor,
     folded: torch.Tensor,
     folded_scale: torch.Tensor,
-    outside: torch.Tensor,
+    outside: Outside,
     config: CastConfig,
     capabilities: gpu.Capabilities | None = None,
 ) -> Launch:
-    """The launch that quantises and folds a matrix of contiguous rows, which fill no more than a tile's; the
-    outputs are those of `fold_launch` and `reference_launch`."""
+    """The launch that quantises and folds a matrix of contiguous rows; the outputs are those of `fold_launch` and
+    `reference_launch`."""
     rows, cols = x.shape
-    whole = rows % config.tile_rows == 0 and cols == config.tile_cols
+    whole = rows % config.tile_rows == 0 and cols % config.tile_cols == 0
     return Launch(
         quantize_fold_kernel,
         triton.cdiv(rows, config.tile_rows),
@@ -252,7 +336,8 @@ def quantize_fold_launch(
             "folded_ptr": folded,
             "folded_scale_ptr": folded_scale,
             "reference_ptr": reference,
-            "outside_ptr": outside,
+            "outside_ptr": outside.any,
+            "outside_lines_ptr": outside.lines,
         },
         {
             "rows": rows,
@@ -263,6 +348,7 @@ def quantize_fold_launch(
             "SPEC": spec,
             "WINDOW": window,
             "FOLDED": MXSpec(window.carrier, spec.block, "rtne", "rceil"),
+            "ONE_TILE": cols <= config.tile_cols,
             "CONFIG": config,
             "LAYOUT": Layout(16, whole),
             "GPU": capabilities or gpu.device_capabilities(x.device),
@@ -281,7 +367,7 @@ def fold_launch(
     reference: torch.Tensor,
     folded: torch.Tensor,
     folded_scale: torch.Tensor,
-    outside: torch.Tensor,
+    outside: Outside,
     config: CastConfig | None = None,
     capabilities: gpu.Capabilities | None = None,
 ) -> Launch:
@@ -300,7 +386,8 @@ def fold_launch(
             "reference_ptr": reference,
             "folded_ptr": folded,
             "folded_scale_ptr": folded_scale,
-            "outside_ptr": outside,
+            "outside_ptr": outside.any,
+            "outside_lines_ptr": outside.lines,
         },
         {
             "rows": rows,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
+from triton import knobs
+from triton.runtime import driver
 
 from ..tune import CastConfig
 
@@ -35,66 +40,93 @@ class Launch:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 # Fusing a multiplication with an addition drops a rounding, so it is off wherever bits matter.
                 compiled = self.kernel[(self.programs,)](**self.arguments, **self.options, enable_fp_fusion=False)
-        return Relaunch(compiled and compiled[(self.programs, 1, 1)], tuple(self.scalars.values()), device)
+        return Relaunch(compiled, self.programs, tuple(self.scalars.values()), device)
 
 
 @dataclass(frozen=True)
 class Relaunch:
-    """A launch that has been compiled, with other tensors of the same dtypes, layouts and alignment: it skips
-    what Triton's launcher works out in Python, which takes several times as long."""
+    """A launch that has been compiled, to be made again with other tensors, or their addresses, of the same dtypes,
+    layouts and alignment. `compiled` is None where there was nothing to compile."""
 
-    runner: Any
+    compiled: Any
+    programs: int
     scalars: tuple[Any, ...]
     device: torch.device
 
-    def run(self, *tensors: torch.Tensor | None) -> None:
-        if not self.runner:
-            return
-        if self.device.index == torch.cuda.current_device():
-            self.runner(*tensors, *self.scalars)
-        else:
+    def run(self, *tensors: Any) -> None:
+        """Launch on the device's current stream, as Triton does it."""
+        if self.compiled is not None:
             with torch.cuda.device(self.device):
-                self.runner(*tensors, *self.scalars)
+                self.by_triton(None, tensors)
+
+    def by_triton(self, stream: int | None, tensors: Iterable[Any]) -> None:
+        self.compiled[(self.programs, 1, 1)](*tensors, *self.scalars, stream=stream)
+
+    def directly(self) -> Callable[[int, Iterable[Any]], None]:
+        """`by_triton` in half its time: without its hooks for launches, which are for profilers."""
+        run = self.compiled.run
+        names = list(inspect.signature(run).parameters)
+        if not (names[:5] == _LAUNCHER[:5] and names[5:-1] in ([], _LAUNCHER[5:]) and names[-1] == "args"):
+            return self.by_triton
+        function, metadata = self.compiled.function, self.compiled.packed_metadata
+        programs, scalars = self.programs, self.scalars
+
+        def launch(stream: int, tensors: Iterable[Any]) -> None:
+            run(programs, 1, 1, stream, function, metadata, None, None, None, *tensors, *scalars)
+
+        return launch
 
 
-class Recording:
-    """Launches as they were first run, to run again on other buffers that are like the first ones.
-
-    A launch's tensors must be buffers themselves, or descriptors of them, not views.
-    """
-
-    def __init__(self) -> None:
-        self._steps: list[tuple[Relaunch, list[Any]]] = []
-
-    def run(self, launch: Launch, device: torch.device, buffers: list[torch.Tensor | None]) -> None:
-        """Launch, and remember which of `buffers` went where."""
-        self._steps.append((launch.run(device), [_place(value, buffers) for value in launch.tensors.values()]))
-
-    def replay(self, buffers: list[torch.Tensor | None]) -> None:
-        for relaunch, places in self._steps:
-            relaunch.run(*(_at(place, buffers) for place in places))
+# What Triton's launchers take before a kernel's own arguments; some take those from the sixth on with `*args`.
+_LAUNCHER = ["gridX", "gridY", "gridZ", "stream", "function"]
+_LAUNCHER += ["kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook"]
 
 
-def _place(value: Any, buffers: list[torch.Tensor | None]) -> Any:
-    """Which buffer a launch's tensor is; of a descriptor, that of its base, and the descriptor."""
-    if value is None:
-        return None
-    if isinstance(value, torch.Tensor):
-        return next(index for index, buffer in enumerate(buffers) if buffer is value)
-    place = _place(value.base, buffers)
-    value.base = None  # or a recording would hold on to memory
-    return (place, value)
+class Relaunches:
+    """Compiled launches in a row, whose pointers stand in one list of addresses. It holds no tensors."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._steps: list[tuple[Any, ...]] = []
+
+    def add(self, relaunch: Relaunch, tensors: Iterable[Any], slots: Sequence[int]) -> None:
+        """For each of `tensors`, which it was launched with, `slots` has the place of its address in the list: a
+        pointer's, or that of what a descriptor describes."""
+        descriptors = [
+            (place, type(each), {**vars(each), "base": None})
+            for place, each in enumerate(tensors)
+            if each is not None and not isinstance(each, torch.Tensor)
+        ]
+        pick = itemgetter(*slots)  # makes a tuple, since a kernel reads one tensor and writes another at least
+        self._steps.append((relaunch.directly(), relaunch.by_triton, pick, descriptors))
+
+    def run(self, addresses: Sequence[int | None]) -> None:
+        """Launch on the current stream of the device, which must be the current one."""
+        stream = driver.active.get_current_stream(self._device.index)
+        heard = _heard()
+        for directly, by_triton, pick, descriptors in self._steps:
+            pointers = pick(addresses)
+            if descriptors:
+                pointers = list(pointers)
+                for place, kind, fields in descriptors:
+                    moved = object.__new__(kind)  # a copy, in a fifth of `copy`'s time
+                    moved.__dict__ = {**fields, "base": _Address(pointers[place])}
+                    pointers[place] = moved
+            (by_triton if heard else directly)(stream, pointers)
 
 
-def _at(place: Any, buffers: list[torch.Tensor | None]) -> Any:
-    if place is None:
-        return None
-    if isinstance(place, int):
-        return buffers[place]
-    index, descriptor = place
-    moved = object.__new__(type(descriptor))  # a copy, in a fifth of `copy`'s time
-    moved.__dict__.update(descriptor.__dict__, base=buffers[index])
-    return moved
+class _Address(int):
+    """What a descriptor needs of a tensor."""
+
+    def data_ptr(self) -> int:
+        return self
+
+
+def _heard() -> bool:
+    """Whether anything, such as Triton's profiler, has asked to be called at launches."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 @dataclass(frozen=True)

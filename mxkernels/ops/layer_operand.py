@@ -5,18 +5,19 @@ Each is a matrix whose rows run along the reduction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from ..folded import FoldedTensor, window
-from ..recipes import OperandSpec, Product, RowScaled
+from ..recipes import OperandSpec, Product, Recipe, RowScaled
 from ..spec import MXSpec
 from ..tensor import MXTensor
-from . import fold, matmul, quantize, quantize_pair
+from . import fold, is_eager, matmul, quantize, quantize_pair
 from .paths import LEAST_FP8_ROWS
 from .plain import half_precision, plain_product
+from .plan import traced
 from .row_scaled import RowScaledTensor, row_scaled, row_scaled_product
 from .transform import hadamard, random_signs
 
@@ -107,16 +108,38 @@ def restored(saved: Sequence[torch.Tensor | None], spec: OperandSpec, rows: int,
     return MXTensor.unchecked(codes, scale, offset, spec, (rows, cols))
 
 
-def draw_seeds(specs: Sequence[OperandSpec], device: torch.device) -> list[torch.Tensor | None]:
-    """A seed for each spec that rounds stochastically, all from one draw; None for the others."""
+def draw(specs: Sequence[OperandSpec], device: torch.device) -> torch.Tensor | None:
+    """What `seeds` makes seeds of, from one draw; None if no spec rounds stochastically."""
+    if not any(isinstance(spec, MXSpec) and spec.stochastic for spec in specs):
+        return None
+    return torch.randint(-(2**63), 2**63 - 1, (2 * len(specs),), dtype=torch.int64, device=device)
+
+
+def seeds(drawn: torch.Tensor | None, specs: Sequence[OperandSpec]) -> list[torch.Tensor | None]:
+    """A seed for each spec that rounds stochastically; None for the others."""
     stochastic = [isinstance(spec, MXSpec) and spec.stochastic for spec in specs]
-    if not any(stochastic):
-        return [None] * len(specs)
     # Each stands at a multiple of 16 bytes, so that kernels are not compiled for other alignments too.
-    drawn = torch.randint(-(2**63), 2**63 - 1, (2 * len(specs),), dtype=torch.int64, device=device)
-    return [drawn[2 * i : 2 * i + 1] if needed else None for i, needed in enumerate(stochastic)]
+    return [drawn[2 * i : 2 * i + 1] if drawn is not None and needed else None for i, needed in enumerate(stochastic)]
 
 
 def draw_signs(product: Product, x: torch.Tensor) -> torch.Tensor | None:
     """Random signs for a product's transform; None if it has none."""
     return random_signs(x, product.hadamard) if product.random_signs else None
+
+
+def in_one(
+    function: Callable[..., Sequence[torch.Tensor | None]],
+    tensors: Sequence[torch.Tensor | None],
+    recipe: Recipe,
+    *settings: Any,
+) -> Sequence[Any]:
+    """`function(*tensors, recipe, *settings)`, where it can be as one plan of all that it launches: where every
+    operand of the recipe is MX, and none is transformed, there is nothing else to do."""
+    specs: list[OperandSpec] = []
+    if is_eager(*tensors):
+        for product in (recipe.forward, recipe.data_gradient, recipe.weight_gradient):
+            specs += (None, None) if product.hadamard else (product.left, product.right)
+    if not specs or not all(isinstance(spec, MXSpec) for spec in specs):
+        return function(*tensors, recipe, *settings)
+    key = (function.__name__, *map(str, specs), recipe.keep_weights, *settings)
+    return traced(key, tensors, lambda *tensors: function(*tensors, recipe, *settings))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..recipes import Recipe, recipe_named
+from ..recipes import OperandSpec, Recipe, recipe_named
 from ..tensor import MXTensor
 from . import INPUT_DTYPES
 from .emulation import emulated_linear
@@ -17,17 +17,20 @@ from .layer_operand import (
     Matrix,
     Parts,
     Use,
-    draw_seeds,
+    draw,
     draw_signs,
     folds_at_once,
+    in_one,
     made,
     made_both,
     multiplied,
     parts,
     restored,
+    seeds,
 )
 from .operand import as_matrix
 from .plain import autocast_dtype
+from .transform import depend
 
 
 def linear(
@@ -85,31 +88,36 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         for_x, for_weight, for_bias, *_ = ctx.needs_input_grad
-        recipe, (n, k) = ctx.recipe, ctx.features
+        recipe, features = ctx.recipe, ctx.features
         dtype, x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         saved = ctx.saved_tensors  # once: a checkpoint gives them no second time
-        *x_parts, x_signs = saved[:4]
-        *weight_parts, weight_signs = saved[4:]
-        data_gradient, weight_gradient = recipe.data_gradient, recipe.weight_gradient
-        dy = as_matrix(gradient)
-        seeds = draw_seeds((data_gradient.left, data_gradient.right, weight_gradient.left), dy.device)
+        dy = _matrix(gradient)
+        drawn = draw(_backward_specs(recipe), dy.device)
         dx = dweight = dbias = None
         if for_x:
-            folds = folds_at_once(data_gradient, dy.device, dy.shape[0], k)
-            use = Use.of(data_gradient, data_gradient.right, weight_signs, seeds[1])
-            right = _weight_for_backward(weight_parts, recipe, (n, k), use, dtype, folds)
-            use = Use.of(data_gradient, data_gradient.left, weight_signs, seeds[0])
-            left = made(dy, use, dtype, folds)
-            dx = multiplied(left, right, None, x_dtype).view(*gradient.shape[:-1], k)
-            del left, right  # before the other product's are made
+            (dx,) = in_one(_data_gradient, (dy, drawn, *saved[4:]), recipe, features, dtype, x_dtype)
+            if dy is not gradient:
+                dx = dx.view(*gradient.shape[:-1], features[1])
         if for_weight:
-            use = Use.of(weight_gradient, weight_gradient.left, x_signs, seeds[2])
-            left = made(dy.T, use, dtype, folds_at_once(weight_gradient, dy.device, n, k))
-            right = restored(x_parts, weight_gradient.right, k, weight_gradient.length(dy.shape[0]))
-            dweight = multiplied(left, right, None, weight_dtype)
+            (dweight,) = in_one(_weight_gradient, (dy, drawn, *saved[:4]), recipe, features, dtype, weight_dtype)
         if for_bias:
-            dbias = dy.sum(0, dtype=torch.float32).to(bias_dtype)
+            dbias = as_matrix(dy).sum(0, dtype=torch.float32).to(bias_dtype)
         return dx, dweight, dbias, None, None
+
+
+def _matrix(x: torch.Tensor) -> torch.Tensor:
+    """x, or the matrix that its leading dimensions flatten to, if they do so by a copy only."""
+    return x if x.is_contiguous() else as_matrix(x)
+
+
+def _forward_specs(recipe: Recipe) -> tuple[OperandSpec, ...]:
+    """Of what forward makes: its operands, and those of x and the weight that wait for backward."""
+    forward = recipe.forward
+    return forward.left, forward.right, recipe.weight_gradient.right, recipe.data_gradient.right
+
+
+def _backward_specs(recipe: Recipe) -> tuple[OperandSpec, ...]:
+    return recipe.data_gradient.left, recipe.data_gradient.right, recipe.weight_gradient.left
 
 
 def _forward(
@@ -122,24 +130,42 @@ def _forward(
     keep_weight: bool,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
     """The output; and, of x and of the weight, the parts and the signs that backward needs, eight in all."""
+    # Drawn whatever is kept: a reentrant checkpoint runs without gradients first, and must draw the same again.
+    drawn = draw(_forward_specs(recipe), x.device)
+    matrix = _matrix(x)
+    y, *kept = in_one(_output, (matrix, weight, bias, drawn), recipe, dtype, keep_x, keep_weight)
+    assert y is not None
+    return y if matrix is x else y.view(*x.shape[:-1], weight.shape[0]), tuple(kept)
+
+
+def _output(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    drawn: torch.Tensor | None,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    keep_x: bool,
+    keep_weight: bool,
+) -> Sequence[torch.Tensor | None]:
+    """What `_forward` returns, in a row."""
     forward, data_gradient, weight_gradient = recipe.forward, recipe.data_gradient, recipe.weight_gradient
     matrix = as_matrix(x)
-    # Drawn whatever is kept: a reentrant checkpoint runs without gradients first, and must draw the same again.
-    seeds = draw_seeds((forward.left, forward.right, weight_gradient.right, data_gradient.right), x.device)
+    seed = seeds(drawn, _forward_specs(recipe))
     signs = draw_signs(forward, matrix)
     x_signs = draw_signs(weight_gradient, matrix)
     weight_signs = draw_signs(data_gradient, matrix)
     folds = folds_at_once(forward, x.device, matrix.shape[0], weight.shape[0])
 
-    use = Use.of(forward, forward.left, signs, seeds[0])
+    use = Use.of(forward, forward.left, signs, seed[0])
     if keep_x:
-        across = Use.of(weight_gradient, weight_gradient.right, x_signs, seeds[2])
+        across = Use.of(weight_gradient, weight_gradient.right, x_signs, seed[2])
         left, kept = made_both(matrix, use, across, dtype)
         x_parts = parts(kept)
     else:
         left, x_parts = made(matrix, use, dtype, folds), NOTHING
 
-    use = Use.of(forward, forward.right, signs, seeds[1])
+    use = Use.of(forward, forward.right, signs, seed[1])
     weight_parts: Parts
     if not (keep_weight and recipe.packs_weights):
         right = made(weight, use, dtype, folds)
@@ -148,12 +174,55 @@ def _forward(
         right = made(weight, use, dtype)
         weight_parts = parts(right)
     else:
-        across = Use.of(data_gradient, data_gradient.right, weight_signs, seeds[3])
+        across = Use.of(data_gradient, data_gradient.right, weight_signs, seed[3])
         right, kept = made_both(weight, use, across, dtype)
         weight_parts = parts(kept)
 
     y = multiplied(left, right, bias, dtype).view(*x.shape[:-1], weight.shape[0])
-    return y, (*x_parts, x_signs, *weight_parts, weight_signs)
+    depend(y, (x_signs, weight_signs))
+    return y, *x_parts, x_signs, *weight_parts, weight_signs
+
+
+def _data_gradient(
+    dy: torch.Tensor,
+    drawn: torch.Tensor | None,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    signs: torch.Tensor | None,
+    recipe: Recipe,
+    features: tuple[int, int],
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> Sequence[torch.Tensor]:
+    """dx, from what was kept of the weight."""
+    product, matrix, k = recipe.data_gradient, as_matrix(dy), features[1]
+    seed = seeds(drawn, _backward_specs(recipe))
+    folds = folds_at_once(product, dy.device, matrix.shape[0], k)
+    use = Use.of(product, product.right, signs, seed[1])
+    right = _weight_for_backward((codes, scale, offset), recipe, features, use, dtype, folds)
+    left = made(matrix, Use.of(product, product.left, signs, seed[0]), dtype, folds)
+    return (multiplied(left, right, None, out_dtype).view(*dy.shape[:-1], k),)
+
+
+def _weight_gradient(
+    dy: torch.Tensor,
+    drawn: torch.Tensor | None,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    signs: torch.Tensor | None,
+    recipe: Recipe,
+    features: tuple[int, int],
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> Sequence[torch.Tensor]:
+    """dweight, from what was kept of x."""
+    product, matrix, (n, k) = recipe.weight_gradient, as_matrix(dy), features
+    use = Use.of(product, product.left, signs, seeds(drawn, _backward_specs(recipe))[2])
+    left = made(matrix.T, use, dtype, folds_at_once(product, dy.device, n, k))
+    right = restored((codes, scale, offset), product.right, k, product.length(matrix.shape[0]))
+    return (multiplied(left, right, None, out_dtype),)
 
 
 def _weight_for_backward(

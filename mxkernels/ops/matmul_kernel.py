@@ -54,7 +54,7 @@ def matmul_kernel(
         col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         width = ceil_div(N, ADDEND_TILE) * ADDEND_TILE
         total += tl.load(addend_ptr + row.to(tl.int64) * width + col)
-    store_product(total, tile_m, tile_n, bias_ptr, out_ptr, M, N, GPU)
+    store_product(total, tile_m, tile_n, bias_ptr, out_ptr, M, N, None, GPU)
 
 
 @triton.jit
@@ -82,8 +82,8 @@ def times_power_of_two(x, exponent):
 
 
 @triton.jit
-def store_product(total, tile_m, tile_n, bias_ptr, out_ptr, M, N, GPU: tl.constexpr):
-    """Add the bias, round once, and store a tile of the row-major output."""
+def store_product(total, tile_m, tile_n, bias_ptr, out_ptr, M, N, wanted, GPU: tl.constexpr):
+    """Add the bias, round once, and store a tile of the row-major output; of it what is `wanted`, if not None."""
     BLOCK_M: tl.constexpr = total.shape[0]
     BLOCK_N: tl.constexpr = total.shape[1]
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
@@ -91,7 +91,10 @@ def store_product(total, tile_m, tile_n, bias_ptr, out_ptr, M, N, GPU: tl.conste
     if bias_ptr is not None:
         total += tl.load(bias_ptr + col, mask=col < N, other=0.0).to(tl.float32)
     out = from_fp32(total, None, out_ptr.dtype.element_ty, GPU)
-    tl.store(out_ptr + row.to(tl.int64) * N + col, out, mask=(row < M) & (col < N))
+    inside = (row < M) & (col < N)
+    if wanted is not None:
+        inside &= wanted
+    tl.store(out_ptr + row.to(tl.int64) * N + col, out, mask=inside)
 
 
 def addend_shape(m: int, n: int) -> tuple[int, int]:

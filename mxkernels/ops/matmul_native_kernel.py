@@ -55,10 +55,10 @@ def matmul_native_kernel(
             for half in tl.static_range(2):
                 first, second = halves(right if half else left)
                 quarter = tile_n * 4 + half * 2
-                store_product(first, tile_m, quarter, bias_ptr, out_ptr, M, N, GPU)
-                store_product(second, tile_m, quarter + 1, bias_ptr, out_ptr, M, N, GPU)
+                store_product(first, tile_m, quarter, bias_ptr, out_ptr, M, N, None, GPU)
+                store_product(second, tile_m, quarter + 1, bias_ptr, out_ptr, M, N, None, GPU)
         else:
-            store_product(total, tile_m, tile_n, bias_ptr, out_ptr, M, N, GPU)
+            store_product(total, tile_m, tile_n, bias_ptr, out_ptr, M, N, None, GPU)
 
 
 @triton.jit

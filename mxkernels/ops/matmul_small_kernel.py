@@ -136,7 +136,7 @@ def reduce_kernel(
     for split in tl.static_range(SPLITS):
         part = partial_ptr + (split * M + row).to(tl.int64) * N
         total += tl.load(part + col, mask=col < N, other=0.0)
-    store_product(total, row, tile, bias_ptr, out_ptr, M, N, GPU)
+    store_product(total, row, tile, bias_ptr, out_ptr, M, N, None, GPU)
 
 
 # --- the hardware's order ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .. import gpu
+from ..folded import Outside
 from ..spec import Block, MXSpec
 from ..tune import MatmulConfig
 from .launch import Launch, Layout
@@ -28,6 +29,10 @@ from .primitives import (
 )
 from .tiles import load_words
 
+# That look for flagged tiles: some for each multiprocessor, and few to start in vain. A prime, or rows that are flagged
+# at equal distances would all be the same programs'.
+GUARDED_PROGRAMS = 509
+
 
 @dataclass(frozen=True)
 class OperandLayout:
@@ -38,30 +43,37 @@ class OperandLayout:
         turned: what is stored is `[K, rows]`; of a plain one its strides say so.
         parts: how many bf16 numbers an element may take: 1; 2 for fp16; 3 for what has an offset.
         bytes: what its packed rows' bytes and address share.
+        line: how many rows share a flag of `outside`.
     """
 
     spec: MXSpec | None
     turned: bool
     parts: int
     bytes: Layout
+    line: int = 1
 
 
 @dataclass(frozen=True)
 class WideOperand:
     """One side of a product: a plain matrix `[rows, K]` as `codes`, or a packed one with its `spec` and parts;
-    what is stored is `[K, rows]` if `turned`."""
+    what is stored is `[K, rows]` if `turned`. `outside`: which of its rows, `line` by line, are wanted; None: it has
+    no say."""
 
     codes: torch.Tensor
     scale: torch.Tensor | None = None
     offset: torch.Tensor | None = None
     spec: MXSpec | None = None
     turned: bool = False
+    outside: Outside | None = None
+    line: int = 1
 
     def layout(self) -> OperandLayout:
         if self.spec is None:
-            return OperandLayout(None, False, 2 if self.codes.dtype == torch.float16 else 1, Layout(1, False))
+            parts = 2 if self.codes.dtype == torch.float16 else 1
+            return OperandLayout(None, False, parts, Layout(1, False), self.line)
         bits = self.codes.stride(0) | self.codes.data_ptr() | 4
-        return OperandLayout(self.spec, self.turned, 1 if self.spec.symmetric else 3, Layout(bits & -bits, False))
+        parts = 1 if self.spec.symmetric else 3
+        return OperandLayout(self.spec, self.turned, parts, Layout(bits & -bits, False), self.line)
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -72,29 +84,81 @@ class WideOperand:
 
 @triton.jit
 def matmul_wide_kernel(
-    a_ptr, a_scale_ptr, a_offset_ptr, b_ptr, b_scale_ptr, b_offset_ptr,
-    bias_ptr, out_ptr, guard_ptr, second_guard_ptr, lost_ptr,
+    a_ptr, a_scale_ptr, a_offset_ptr, a_outside_ptr, a_outside_lines_ptr,
+    b_ptr, b_scale_ptr, b_offset_ptr, b_outside_ptr, b_outside_lines_ptr,
+    bias_ptr, out_ptr, everything_ptr, lost_ptr,
     M, N, K, a_stride, a_step, b_stride, b_step,
     A: tl.constexpr, B: tl.constexpr, EXACT: tl.constexpr, CONFIG: tl.constexpr, GPU: tl.constexpr,
 ):  # fmt: skip
-    """`out[M, N] = A[M, K] B[N, K]^T`, a tile a program, of plain operands or packed ones (`OperandLayout`).
+    """`out[M, N] = A[M, K] B[N, K]^T`, of plain operands or packed ones (`OperandLayout`).
 
-    In bf16, or EXACT in fp32. An operand that fits bf16 except near fp32's smallest numbers sets `lost_ptr` to
-    1 if that was met. With guards, nothing is done unless one is not 0.
+    In bf16; an operand that fits it except near fp32's smallest numbers sets `lost_ptr` to 1 if that was met. Or
+    EXACT, in fp32, and only if `lost_ptr` is None or has 1. Outputs are written of rows that are flagged as outside;
+    all are where `everything_ptr` has 1, or where it and the flags are None.
     """
-    if guard_ptr is not None:
-        wanted = tl.load(guard_ptr)
-        if second_guard_ptr is not None:
-            wanted |= tl.load(second_guard_ptr)
-        if wanted == 0:
+    if EXACT and lost_ptr is not None:
+        if tl.load(lost_ptr) == 0:
             return
+    tiles_m = ceil_div(M, CONFIG.block_m)
+    tiles_n = ceil_div(N, CONFIG.block_n)
+    if a_outside_ptr is None and b_outside_ptr is None and everything_ptr is None:
+        tile_m, tile_n = grouped_tile(tl.program_id(0), tiles_m, tiles_n, CONFIG.group_m)
+        total = multiply_tile(
+            a_ptr, a_scale_ptr, a_offset_ptr, b_ptr, b_scale_ptr, b_offset_ptr, lost_ptr,
+            tile_m, tile_n, M, N, K, a_stride, a_step, b_stride, b_step, A, B, EXACT, CONFIG, GPU,
+        )  # fmt: skip
+        store_product(total, tile_m, tile_n, bias_ptr, out_ptr, M, N, None, GPU)
+    else:
+        everything = flag(everything_ptr)
+        if (everything | flag(a_outside_ptr) | flag(b_outside_ptr)) == 0:
+            return
+        for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+            tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, CONFIG.group_m)
+            down = rows_outside(a_outside_lines_ptr, tile_m, M, CONFIG.block_m, A.line)
+            across = rows_outside(b_outside_lines_ptr, tile_n, N, CONFIG.block_n, B.line)
+            if (everything | tl.max(down, axis=0) | tl.max(across, axis=0)) != 0:
+                total = multiply_tile(
+                    a_ptr, a_scale_ptr, a_offset_ptr, b_ptr, b_scale_ptr, b_offset_ptr, lost_ptr,
+                    tile_m, tile_n, M, N, K, a_stride, a_step, b_stride, b_step, A, B, EXACT, CONFIG, GPU,
+                )  # fmt: skip
+                # loaded again, which frees registers meanwhile
+                down = rows_outside(a_outside_lines_ptr, tile_m, M, CONFIG.block_m, A.line)
+                across = rows_outside(b_outside_lines_ptr, tile_n, N, CONFIG.block_n, B.line)
+                wanted = (down[:, None] | across[None, :] | everything) != 0
+                store_product(total, tile_m, tile_n, bias_ptr, out_ptr, M, N, wanted, GPU)
+
+
+@triton.jit
+def flag(ptr):
+    """What a pointer has; 0 if it is None."""
+    if ptr is None:
+        return 0
+    else:
+        return tl.load(ptr)
+
+
+@triton.jit
+def rows_outside(outside_ptr, tile, rows, ROWS: tl.constexpr, LINE: tl.constexpr):
+    """The flags of a tile's rows, int32 `[ROWS]`; 0 where there are none."""
+    row = tile * ROWS + tl.arange(0, ROWS)
+    if outside_ptr is None:
+        return tl.zeros_like(row)
+    else:
+        return tl.load(outside_ptr + row // LINE, mask=row < rows, other=0).to(tl.int32)
+
+
+@triton.jit
+def multiply_tile(
+    a_ptr, a_scale_ptr, a_offset_ptr, b_ptr, b_scale_ptr, b_offset_ptr, lost_ptr,
+    tile_m, tile_n, M, N, K, a_stride, a_step, b_stride, b_step,
+    A: tl.constexpr, B: tl.constexpr, EXACT: tl.constexpr, CONFIG: tl.constexpr, GPU: tl.constexpr,
+):  # fmt: skip
+    """A tile of the product, fp32."""
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_N: tl.constexpr = CONFIG.block_n
     BLOCK_K: tl.constexpr = CONFIG.block_k
-    GROUP_M: tl.constexpr = CONFIG.group_m
     A_PARTS: tl.constexpr = A.parts
     B_PARTS: tl.constexpr = B.parts
-    tile_m, tile_n = grouped_tile(tl.program_id(0), ceil_div(M, BLOCK_M), ceil_div(N, BLOCK_N), GROUP_M)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     lost_a = tl.zeros([BLOCK_M, BLOCK_K], tl.int32)
     lost_b = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
@@ -114,10 +178,10 @@ def matmul_wide_kernel(
             if lost_ptr is not None:
                 lost_a |= lost_bits(a, tile_m * BLOCK_M, M, A_PARTS)
                 lost_b |= lost_bits(b, tile_n * BLOCK_N, N, B_PARTS)
-    if lost_ptr is not None:
+    if lost_ptr is not None and not EXACT:
         if tl.max(tl.max(lost_a, axis=1), axis=0) + tl.max(tl.max(lost_b, axis=1), axis=0) != 0:
             tl.store(lost_ptr, 1)
-    store_product(total, tile_m, tile_n, bias_ptr, out_ptr, M, N, GPU)
+    return total
 
 
 @triton.jit
@@ -220,29 +284,34 @@ def matmul_wide_launch(
     k: int,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    guards: tuple[torch.Tensor | None, torch.Tensor | None],
+    everything: torch.Tensor | None,
     lost: torch.Tensor | None,
     exact: bool,
     config: MatmulConfig,
     capabilities: gpu.Capabilities | None = None,
 ) -> Launch:
-    """The launch that writes `out` `[M, N]` from two operands `[M, K]` and `[N, K]`."""
+    """The launch that writes `out` `[M, N]` from two operands `[M, K]` and `[N, K]`; the flags are on the device."""
     a, b = operands
     m, n = out.shape
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    guarded = everything is not None or a.outside is not None or b.outside is not None
     return Launch(
         matmul_wide_kernel,
-        triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),
+        min(tiles, GUARDED_PROGRAMS) if guarded else tiles,
         {
             "a_ptr": a.codes,
             "a_scale_ptr": a.scale,
             "a_offset_ptr": a.offset,
+            "a_outside_ptr": a.outside and a.outside.any,
+            "a_outside_lines_ptr": a.outside and a.outside.lines,
             "b_ptr": b.codes,
             "b_scale_ptr": b.scale,
             "b_offset_ptr": b.offset,
+            "b_outside_ptr": b.outside and b.outside.any,
+            "b_outside_lines_ptr": b.outside and b.outside.lines,
             "bias_ptr": bias,
             "out_ptr": out,
-            "guard_ptr": guards[0],
-            "second_guard_ptr": guards[1],
+            "everything_ptr": everything,
             "lost_ptr": lost,
         },
         {

@@ -29,7 +29,7 @@ class Operand:
 
     Attributes:
         parts: a plain matrix; or codes, scale and, if asymmetric, offset of a packed one; or, of a folded
-            one, codes, scale, reference and outside; or codes and scale of a prepared one.
+            one, codes, scale, reference, outside and its rows; or codes and scale of a prepared one.
         spec: of the matrix as stored; None for a plain one.
         turned: what is stored is `[K, rows]`; a plain matrix too, whose columns are contiguous.
         folded: it is a FoldedTensor.
@@ -147,7 +147,7 @@ def operand_a(a: torch.Tensor | MXTensor | FoldedTensor | PreparedTensor) -> Ope
         a = a.detach() if a.requires_grad else a
         return Operand([a.T if turned else a], rows, turned=turned)
     if isinstance(a, FoldedTensor):
-        parts = [a.values.codes, a.values.scale, a.reference, a.outside]
+        parts = [a.values.codes, a.values.scale, a.reference, a.outside, a.outside_rows]
         return Operand(parts, rows, a.values.spec, folded=True)
     if isinstance(a, PreparedTensor):
         return Operand([a.codes, a.scale], rows, a.spec, added=a.added)

@@ -171,6 +171,30 @@ def decoding_choice(
     return find_config(problem, device, lambda: wide_matmul_config(a.rows, b.rows, k, exact))
 
 
+def native_choice(
+    a: Operand, b: Operand, k: int, out_dtype: torch.dtype, device: torch.device
+) -> Choice[MatmulConfig]:  # fmt: skip
+    """How a product is launched on block-scaled tensor cores."""
+    from .matmul_native_kernel import native_config
+
+    capabilities = gpu.device_capabilities(device)
+    elements = []
+    for operand, fold in zip((a, b), native_folds(a, b, capabilities), strict=True):
+        assert operand.spec is not None
+        found = window(operand.spec.element) if fold else None
+        elements.append(found.carrier if found else operand.spec.element)
+    swizzled = capabilities.ptx
+    layout = "swizzled" if swizzled else "plain"
+    formats = " * ".join(element.name for element in elements)
+
+    def rule() -> MatmulConfig:
+        # lacking on ROCm, where it is not asked for
+        shared_bytes = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+        return native_config(elements[0], elements[1], swizzled, shared_bytes)
+
+    return find_config(Problem.of("native", formats, out_dtype, layout, a.rows, b.rows, k), device, rule)
+
+
 def _not_chosen(path: str, a: Operand, b: Operand, capabilities: gpu.Capabilities) -> str:
     """Why not a path that could serve."""
     if path == choose(a, b, capabilities):
@@ -190,7 +214,7 @@ class Explanation:
         path: native, fp8 or wide.
         reason: why that one.
         instruction: what multiplies.
-        config: how it is launched; None on the CPU and on the native path.
+        config: how it is launched; None on the CPU.
         origin: where the config comes from: see `tune.Choice`.
         refused: the other paths that were considered, with the reason against each.
     """
@@ -232,7 +256,8 @@ def explanation(a: Operand, b: Operand, k: int, device: torch.device, path: str)
         folded = native_folds(a, b, capabilities)
         how = ("folded onto FP8" if fold else "as it is" for fold in folded)
         sides = ", ".join(f"{side} {each}" for side, each in zip("ab", how, strict=True))
-        return Explanation(operands, chosen, sides, "block-scaled MMA", None, refused)
+        found: Choice[Any] = native_choice(a, b, k, torch.bfloat16, device)
+        return Explanation(operands, chosen, sides, "block-scaled MMA", found.config, refused, found.origin)
     if chosen == "fp8":
         carriers = [_carrier(operand) for operand in (a, b)]
         reason = "both operands are exact in FP8 with a power of two a row"
@@ -242,7 +267,7 @@ def explanation(a: Operand, b: Operand, k: int, device: torch.device, path: str)
             small = correction_columns(a, b, k)[0].count(k)
             reason += f"; offsets in a product of tf32 numbers over {small} sums and offsets a row, which is added"
         dtypes = (FP8_DTYPES[carriers[0]], FP8_DTYPES[carriers[1]])
-        found: Choice[Any] = carrier_choice(a.rows, b.rows, k, dtypes, torch.bfloat16, device, (False, False))
+        found = carrier_choice(a.rows, b.rows, k, dtypes, torch.bfloat16, device, (False, False))
         instruction = f"FP8 MMA, {' x '.join(carriers)}"
         return Explanation(operands, chosen, reason, instruction, found.config, refused, found.origin)
     if streams_weights(a, b):

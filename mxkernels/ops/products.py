@@ -8,84 +8,45 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import gpu
-from ..folded import folded_spec, window
+from ..folded import Outside, folded_spec, window
 from ..spec import MXSpec
-from ..tune import MatmulConfig, Problem, find_config, quantize_fold_config
+from ..tune import MatmulConfig, Problem, find_config, guarded_matmul_config, quantize_fold_config
 from .correction import correction_columns
 from .native_operand import native_operand
 from .operand import Operand, carrier_dtype, padded
 from .paths import carrier_choice, decodes_apart, decoding_choice, native_folds, streaming_choice, streams_weights
+from .plan import Plan
 
 if TYPE_CHECKING:
     from .launch import Launch
     from .matmul_wide_kernel import WideOperand
 
 
-class Plan:
-    """The launches of one product, on buffers: the operands' parts, the bias, the output and what lies between.
-
-    The first run records them; `replay` runs them on other operands of the same shapes and layouts.
-    """
-
-    def __init__(self, device: torch.device, inputs: list[torch.Tensor | None]) -> None:
-        from .launch import Recording
-
-        self.device = device
-        self._recording = Recording()
-        self._buffers = list(inputs)
-        self._made: list[tuple[tuple[int, ...], torch.dtype, bool]] = []
-
-    def buffer(self, *shape: int, dtype: torch.dtype, zero: bool = False) -> torch.Tensor:
-        """Device memory of its own: zeros, or anything."""
-        self._made.append((shape, dtype, zero))
-        made = self._make(shape, dtype, zero)
-        self._buffers.append(made)
-        return made
-
-    def launch(self, launch: Launch) -> None:
-        self._recording.run(launch, self.device, self._buffers)
-
-    def finish(self) -> list[torch.Tensor]:
-        """The buffers that were made; the plan keeps none."""
-        made = self._buffers[len(self._buffers) - len(self._made) :]
-        self._buffers = []
-        return made  # type: ignore[return-value]
-
-    def replay(self, inputs: list[torch.Tensor | None]) -> list[torch.Tensor]:
-        """The same from other inputs."""
-        made = [self._make(*each) for each in self._made]
-        self._recording.replay([*inputs, *made])
-        return made
-
-    def _make(self, shape: tuple[int, ...], dtype: torch.dtype, zero: bool) -> torch.Tensor:
-        return (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=self.device)
-
-
 def plan_product(
     plan: Plan, a: Operand, b: Operand, k: int, bias: torch.Tensor | None, dtype: torch.dtype, path: str
-) -> None:
+) -> torch.Tensor:
     """Run a product, recording it. `path` is one that does not refuse the operands."""
     out = plan.buffer(a.rows, b.rows, dtype=dtype)
     if path == "fp8":
         _plan_fp8(plan, a, b, k, bias, out)
     else:
         _plan_wide(plan, a, b, k, bias, out)
+    return out
 
 
 def _plan_fp8(plan: Plan, a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     folded = [operand if operand.folded else plan_fold(plan, operand.without_offset(), k) for operand in (a, b)]
-    flags = [operand.parts[3] for operand in folded]
-    addend = None
+    addend = everything = None
     if not (a.symmetric and b.symmetric):
-        own = flags[1] if a.symmetric else flags[0]  # not that of a FoldedTensor, which outlives the product
-        addend = _plan_correction(plan, a, b, k, own)
+        everything = plan.buffer(1, dtype=torch.int32, zero=True)
+        addend = _plan_correction(plan, a, b, k, everything)
     a_reference, b_reference = (operand.parts[2] for operand in folded)
     a_codes, b_codes = (operand.parts[0] for operand in folded)
     a_rows, b_rows = (operand.spec.block.rows for operand in folded if operand.spec)
     references = (a_reference, b_reference)
     plan.launch(carrier_launch(a_codes, b_codes, k, references, (a_rows, b_rows), bias, out, addend=addend))
-    left, right = (part if whole.symmetric else whole for whole, part in zip((a, b), folded, strict=True))
-    _plan_decoding(plan, left, right, k, bias, out, flags)
+    sides = [wide_operand(part if whole.symmetric else whole, part) for whole, part in zip((a, b), folded, strict=True)]
+    plan.launch(guarded_launch(sides, k, bias, out, everything))
 
 
 def _plan_correction(plan: Plan, a: Operand, b: Operand, k: int, outside: torch.Tensor) -> torch.Tensor:
@@ -96,7 +57,7 @@ def _plan_correction(plan: Plan, a: Operand, b: Operand, k: int, outside: torch.
     carriers = []
     for operand, columns in zip((a, b), correction_columns(a, b, k), strict=True):
         carriers.append(plan.buffer(operand.rows, columns.padded(k), dtype=torch.float32))
-        plan.launch(correction_launch(_wide_operand(operand), k, columns, carriers[-1], outside))
+        plan.launch(correction_launch(wide_operand(operand), k, columns, carriers[-1], outside))
     addend = plan.buffer(*addend_shape(a.rows, b.rows), dtype=torch.float32)
     plan.launch(carrier_launch(carriers[0], carriers[1], columns.count(k), None, (1, 1), None, addend))
     return addend
@@ -136,13 +97,14 @@ def plan_fold(plan: Plan, operand: Operand, k: int) -> Operand:
 
 
 def make_folded(plan: Plan, spec: MXSpec, rows: int, k: int, zero: bool = False) -> list[torch.Tensor]:
-    """Buffers for codes, scale, reference and outside, which is `zero` if need be."""
+    """Buffers for codes, scale, reference, outside, which is `zero` if need be, and the rows that are outside."""
     blocks = spec.scale_shape(rows, k)
     return [
         plan.buffer(rows, padded(k), dtype=carrier_dtype(spec, plan.device)),
         plan.buffer(*blocks, dtype=torch.uint8),
         plan.buffer(blocks[0], dtype=torch.uint8),
         plan.buffer(1, dtype=torch.int32, zero=zero),
+        plan.buffer(blocks[0], dtype=torch.uint8),
     ]
 
 
@@ -154,7 +116,8 @@ def fold_into(plan: Plan, operand: Operand, k: int, folded: Operand) -> None:
     assert spec is not None
     found = window(spec.element)
     assert found is not None
-    codes, scale, reference_bytes, outside = folded.parts
+    codes, scale, reference_bytes, *flags = folded.parts
+    outside = Outside(*flags)
     scales = operand.parts[1]
     if operand.turned:  # its lines run down the columns, too few of them to occupy a GPU
         spans = reference_spans(scales.shape[0])
@@ -185,7 +148,7 @@ def _plan_wide(plan: Plan, a: Operand, b: Operand, k: int, bias: torch.Tensor | 
     carriers = [plan_bf16(plan, side, k, lost) for side in (a, b)]
     plan.launch(carrier_launch(carriers[0], carriers[1], k, None, (1, 1), bias, out, (a.turned, b.turned)))
     if lost is not None:
-        plan.launch(decoding_launch(a, b, k, bias, out, [lost], None, exact=True))
+        plan.launch(decoding_launch(a, b, k, bias, out, lost, exact=True))
 
 
 def _plan_streaming(plan: Plan, a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -213,9 +176,9 @@ def plan_bf16(plan: Plan, operand: Operand, k: int, lost: torch.Tensor | None) -
     return out
 
 
-def plan_quantize_fold(plan: Plan, x: torch.Tensor, spec: MXSpec, seed: torch.Tensor | None) -> None:
-    """Quantise a matrix and fold it along its rows: from one read where a program can have whole rows. The first
-    buffers made are those of `plan_fold`."""
+def plan_quantize_fold(plan: Plan, x: torch.Tensor, spec: MXSpec, seed: torch.Tensor | None) -> list[torch.Tensor]:
+    """Quantise a matrix and fold it along its rows: from one read where a program can have whole rows. Codes,
+    scale, reference, outside and rows, as `make_folded` makes them."""
     from .fold_kernel import quantize_fold_launch
     from .quantize_kernel import quantize_launch
 
@@ -230,53 +193,56 @@ def plan_quantize_fold(plan: Plan, x: torch.Tensor, spec: MXSpec, seed: torch.Te
         scale = plan.buffer(*blocks, dtype=torch.uint8)
         plan.launch(quantize_launch(x, spec, seed, [codes, scale]))
         fold_into(plan, Operand([codes, scale], rows, spec), k, folded)
-        return
-    codes, scale, reference_bytes, outside = make_folded(plan, after, rows, k, zero=True)
+        return list(folded.parts)
+    codes, scale, reference_bytes, *flags = make_folded(plan, after, rows, k, zero=True)
+    outside = Outside(*flags)
     problem = Problem.of("quantize_fold", spec, x.dtype, "rows", rows, k)
     config = find_config(problem, plan.device, lambda: rule).config
     plan.launch(quantize_fold_launch(x, spec, seed, found, reference_bytes, codes, scale, outside, config))
+    return [codes, scale, reference_bytes, *flags]
 
 
-def _plan_decoding(
-    plan: Plan, a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor,
-    guards: Sequence[torch.Tensor] = (),
-) -> None:  # fmt: skip
+def _plan_decoding(plan: Plan, a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """The kernel that takes operands of any kind, in bf16; and again in fp32, if the first says that it lost bits."""
     lost = None if a.fits_bf16 and b.fits_bf16 else plan.buffer(1, dtype=torch.int32, zero=True)
-    for launch in decoding_launches(a, b, k, bias, out, guards, lost):
-        plan.launch(launch)
-
-
-def decoding_launches(
-    a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor,
-    guards: Sequence[torch.Tensor], lost: torch.Tensor | None,
-) -> list[Launch]:  # fmt: skip
-    """The kernel that takes operands of any kind, in bf16; and again in fp32, if the first says in `lost` that it
-    lost bits."""
-    launches = [decoding_launch(a, b, k, bias, out, guards, lost)]
+    plan.launch(decoding_launch(a, b, k, bias, out, lost))
     if lost is not None:
-        launches.append(decoding_launch(a, b, k, bias, out, [lost], None, exact=True))
-    return launches
+        plan.launch(decoding_launch(a, b, k, bias, out, lost, exact=True))
 
 
 def decoding_launch(
-    a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor,
-    guards: Sequence[torch.Tensor], lost: torch.Tensor | None, exact: bool = False,
+    a: Operand, b: Operand, k: int, bias: torch.Tensor | None, out: torch.Tensor, lost: torch.Tensor | None,
+    exact: bool = False,
 ) -> Launch:  # fmt: skip
     from .matmul_wide_kernel import matmul_wide_launch
 
-    first, second = [*guards, None, None][:2]
     config = decoding_choice(a, b, k, out.dtype, out.device, exact).config
-    sides = (_wide_operand(a), _wide_operand(b))
-    return matmul_wide_launch(sides, k, bias, out, (first, second), lost, exact, config)
+    return matmul_wide_launch((wide_operand(a), wide_operand(b)), k, bias, out, None, lost, exact, config)
 
 
-def _wide_operand(operand: Operand) -> WideOperand:
+def guarded_launch(
+    sides: Sequence[WideOperand], k: int, bias: torch.Tensor | None, out: torch.Tensor,
+    everything: torch.Tensor | None, lost: torch.Tensor | None = None, exact: bool = False,
+) -> Launch:  # fmt: skip
+    """What redoes the rows that folding could not serve."""
+    from .matmul_wide_kernel import matmul_wide_launch
+
+    config = guarded_matmul_config(exact)
+    return matmul_wide_launch((sides[0], sides[1]), k, bias, out, everything, lost, exact, config)
+
+
+def wide_operand(operand: Operand, folded: Operand | None = None) -> WideOperand:
+    """A side as the decoding kernel takes it; `folded`: its folded self, whose flags say which rows it redoes."""
     from .matmul_wide_kernel import WideOperand
 
+    outside, line = None, 1
+    if folded is not None:
+        assert folded.spec is not None
+        outside, line = Outside(*folded.parts[3:]), folded.spec.block.rows
     if operand.spec is None:
-        return WideOperand(operand.parts[0], turned=operand.turned)
+        return WideOperand(operand.parts[0], turned=operand.turned, outside=outside, line=line)
     offset = None if operand.spec.symmetric else operand.parts[2]
-    return WideOperand(operand.parts[0], operand.parts[1], offset, operand.spec, operand.turned)
+    return WideOperand(operand.parts[0], operand.parts[1], offset, operand.spec, operand.turned, outside, line)
 
 
 # --- the native path ---------------------------------------------------------------------------------------
@@ -305,12 +271,13 @@ def native_product(
         sides.append(native_operand(codes, operand.parts[1], operand.spec, k, capabilities.ptx, reference_bytes))
         operands.append(operand)
     matmul_native_launch(sides[0], sides[1], bias, None, out).run(device)
-    guards = [operand.parts[3] for operand in operands if operand.folded]
-    if guards:
+    if any(operand.folded for operand in operands):
+        redone = [wide_operand(operand, operand if operand.folded else None) for operand in operands]
         fits_bf16 = all(operand.fits_bf16 for operand in operands)
         lost = None if fits_bf16 else torch.zeros(1, dtype=torch.int32, device=device)
-        for launch in decoding_launches(operands[0], operands[1], k, bias, out, guards, lost):
-            launch.run(device)
+        guarded_launch(redone, k, bias, out, None, lost).run(device)
+        if lost is not None:
+            guarded_launch(redone, k, bias, out, None, lost, exact=True).run(device)
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import prepared
+from .plan import Plan, Tensors, recorded
 
 _library = torch.library.Library("mxkernels", "FRAGMENT")
 _library.define("restore(Tensor codes, Tensor scale, int added, SymInt n, SymInt k) -> Tensor[]")
@@ -16,18 +17,16 @@ def _restore_fake(codes: torch.Tensor, scale: torch.Tensor, added: int, n: int, 
 
 
 def _restore_cuda(codes: torch.Tensor, scale: torch.Tensor, added: int, n: int, k: int) -> list[torch.Tensor]:
-    from . import _relaunches, _remember
-    from .restore_kernel import restore_launch, restore_tensors
+    def run(plan: Plan, inputs: Tensors) -> Tensors:
+        from .restore_kernel import restore_launch
 
-    bands, groups, rows, blocks = scale.shape
-    out_codes = codes.new_empty((bands * rows, groups * codes.shape[-1]))
-    out_scale = scale.new_empty((bands * rows, groups * blocks))
-    key = ("restore", scale.shape, added, codes.device, codes.data_ptr() % 16, scale.data_ptr() % 16)
-    known = _relaunches.get(key)
-    if known is None:
-        _remember(key, restore_launch(codes, scale, added, out_codes, out_scale).run(codes.device), [])
-    else:
-        known[0].run(*restore_tensors(codes, scale, out_codes, out_scale).values())
+        bands, groups, rows, blocks = scale.shape
+        out_codes = plan.buffer(bands * rows, groups * codes.shape[-1], dtype=codes.dtype)
+        out_scale = plan.buffer(bands * rows, groups * blocks, dtype=scale.dtype)
+        plan.launch(restore_launch(codes, scale, added, out_codes, out_scale))
+        return [out_codes, out_scale]
+
+    out_codes, out_scale = recorded(("restore", added), [codes, scale], run)
     bytes_a_row, blocks_a_row = prepared.row_sizes(scale, k)
     return [out_codes[:n, :bytes_a_row].contiguous(), out_scale[:n, :blocks_a_row].contiguous()]
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from .. import reference
 from ..recipes import HADAMARD_SIZES
-from . import INPUT_DTYPES, _relaunches, _remember
+from . import INPUT_DTYPES
 from .operand import as_matrix
+from .plan import Plan, Tensors, recorded
 
 _library = torch.library.Library("mxkernels", "FRAGMENT")
 _library.define("hadamard(Tensor x, int size, Tensor? signs) -> Tensor")
-_library.define("random_signs(Tensor x, int size) -> Tensor", tags=torch.Tag.nondeterministic_seeded)
+_library.define("depend(Tensor(a!) y, Tensor[] on) -> ()")
 
 
 def hadamard(x: torch.Tensor, size: int, signs: torch.Tensor | None = None) -> torch.Tensor:
@@ -39,7 +41,9 @@ def hadamard(x: torch.Tensor, size: int, signs: torch.Tensor | None = None) -> t
         TypeError, ValueError: names the argument and what is allowed.
 
     Sums are fp32, of pairs at distance 1, 2, 4 …, times `size**-0.5` rounded to fp32; the result is rounded once,
-    to nearest-even. So every device gives the same bytes.
+    to nearest-even. So every device gives the same bytes. It may be `size**0.5` times as large as the largest
+    element: what is beyond the dtype's largest value comes out as infinity, in float16 from elements of
+    `65504 / size**0.5` on, 5789 for 128.
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x is a {type(x).__name__}; allowed: a torch.Tensor")
@@ -58,14 +62,25 @@ def hadamard(x: torch.Tensor, size: int, signs: torch.Tensor | None = None) -> t
 def random_signs(x: torch.Tensor, size: int) -> torch.Tensor:
     """Signs for `hadamard(x, size)`: -1 or 0, drawn from torch's generator of x's device.
 
-    It is an op of its own, of x, since a compiler may draw again in backward what is drawn by torch.randint in
-    forward; and the two operands of a product need the same signs.
+    By torch.randint, of which compilers know that two equal calls are two draws. Of an op of our own they would make
+    one, whatever its tags say.
     """
-    return torch.ops.mxkernels.random_signs(x, size)
-
-
-def _random_signs(x: torch.Tensor, size: int) -> torch.Tensor:
     return torch.randint(-1, 1, (size,), dtype=torch.int8, device=x.device)
+
+
+def depend(y: torch.Tensor, on: Sequence[torch.Tensor | None]) -> None:
+    """Have compilers believe that forward's output `y` depends on what was drawn.
+
+    Then they draw it in forward and keep it for backward. What only backward needs they may draw in both, so that
+    the two operands of a product, one made in forward, get different signs.
+    """
+    drawn = [each for each in on if each is not None]
+    if drawn:
+        torch.ops.mxkernels.depend(y, drawn)
+
+
+def _depend(y: torch.Tensor, on: Sequence[torch.Tensor]) -> None:
+    """Nothing: it only says that it writes to y, which costs no copy."""
 
 
 def _transformed_shape(x: torch.Tensor, size: int) -> tuple[int, ...]:
@@ -81,19 +96,15 @@ def _hadamard_cpu(x: torch.Tensor, size: int, signs: torch.Tensor | None) -> tor
 
 
 def _hadamard_cuda(x: torch.Tensor, size: int, signs: torch.Tensor | None) -> torch.Tensor:
-    from .hadamard_kernel import hadamard_launch
+    def run(plan: Plan, inputs: Tensors) -> Tensors:
+        from .hadamard_kernel import hadamard_launch
 
-    out = _hadamard_fake(x, size, signs)
-    matrix = as_matrix(x)
-    alignment = (x.data_ptr() % 16, None if signs is None else signs.data_ptr() % 16)
-    key = ("hadamard", size, x.dtype, x.shape, x.stride(), x.device, *alignment)
-    known = _relaunches.get(key)
-    if known is None:
-        relaunch = hadamard_launch(matrix, size, signs, out.view(matrix.shape[0], out.shape[-1])).run(x.device)
-        _remember(key, relaunch, [(out.shape, out.dtype)])
-    else:
-        known[0].run(matrix, signs, out)
-    return out
+        out = plan.buffer(*_transformed_shape(x, size), dtype=x.dtype)
+        plan.launch(hadamard_launch(inputs[0], size, inputs[1], out.view(inputs[0].shape[0], out.shape[-1])))
+        return [out]
+
+    result: torch.Tensor = recorded(("hadamard", size), [x, signs], run, lambda: [as_matrix(x), signs])[0]
+    return result
 
 
 def _setup_context(ctx: Any, inputs: tuple[torch.Tensor, int, torch.Tensor | None], output: torch.Tensor) -> None:
@@ -114,8 +125,8 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
 
 _library.impl("hadamard", _hadamard_cpu, "CPU")
 _library.impl("hadamard", _hadamard_cuda, "CUDA")
-_library.impl("random_signs", _random_signs, "CPU")
-_library.impl("random_signs", _random_signs, "CUDA")
+_library.impl("depend", _depend, "CPU")
+_library.impl("depend", _depend, "CUDA")
 torch.library.register_fake("mxkernels::hadamard", _hadamard_fake, lib=_library)
-torch.library.register_fake("mxkernels::random_signs", _random_signs, lib=_library)
+torch.library.register_fake("mxkernels::depend", _depend, lib=_library)
 torch.library.register_autograd("mxkernels::hadamard", _backward, setup_context=_setup_context, lib=_library)

@@ -4,7 +4,7 @@ from .config import CastConfig, Config, HopperConfig, MatmulConfig, SmallMatmulC
 from .constraints import CONFIG_TYPES, obstacle
 from .events import on_change
 from .location import cache_directory, tables_in
-from .lookup import Choice, find_config, recording
+from .lookup import Choice, find_config, first_launch, recording
 from .pin import pinned
 from .problem import OPS, Problem, dtype_name
 from .ranks import share
@@ -12,6 +12,7 @@ from .rule import (
     carrier_config,
     dequantize_config,
     fold_config,
+    guarded_matmul_config,
     hopper_config,
     hopper_tile_config,
     quantize_config,
@@ -19,7 +20,7 @@ from .rule import (
     small_matmul_config,
     wide_matmul_config,
 )
-from .source import Source, left_out, sources
+from .source import Source, left_out, serving, sources
 from .stamp import Stamp
 from .table import BrokenTable, Entry, Table, TableError, cache_path, load, remove, store
 
@@ -45,7 +46,9 @@ __all__ = [
     "dequantize_config",
     "dtype_name",
     "find_config",
+    "first_launch",
     "fold_config",
+    "guarded_matmul_config",
     "hopper_config",
     "hopper_tile_config",
     "left_out",
@@ -57,6 +60,7 @@ __all__ = [
     "quantize_fold_config",
     "recording",
     "remove",
+    "serving",
     "share",
     "small_matmul_config",
     "sources",

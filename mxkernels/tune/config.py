@@ -50,7 +50,7 @@ class MatmulConfig:
     def __str__(self) -> str:
         promote = f", promoted to fp32 every {self.promote} of K" if self.promote else ""
         tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
-        return f"tiles {tile}, {self.num_warps} warps, {self.num_stages} stages{promote}"
+        return f"tiles {tile} in groups of {self.group_m}, {self.num_warps} warps, {self.num_stages} stages{promote}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class HopperConfig:
     def __str__(self) -> str:
         promote = f", promoted to fp32 every {self.promote * 128} of K" if self.promote else ""
         pieces = f" in {self.pieces} pieces" if self.pieces > 1 else ""
-        return f"persistent, tiles 128x{self.cols * self.pieces}{pieces}, {self.stages} stages{promote}"
+        tile = f"128x{self.cols * self.pieces}{pieces}"
+        return f"persistent, tiles {tile} in groups of {self.group_m}, {self.stages} stages{promote}"
 
 
 @dataclass(frozen=True)

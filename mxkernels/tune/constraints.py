@@ -10,7 +10,7 @@ from ..prepared import GROUP
 from ..spec import MXSpec
 from .config import CastConfig, Config, HopperConfig, MatmulConfig, SmallMatmulConfig
 from .problem import Problem
-from .rule import ceil_div, hopper_tile_config
+from .rule import ceil_div, hopper_tile_config, power_of_two_above
 
 CONFIG_TYPES: dict[str, tuple[type[Config], ...]] = {
     "quantize": (CastConfig,),
@@ -35,7 +35,7 @@ _HOPPER_ACCUMULATORS = 384  # columns of sums, and of the partial sums beside th
 
 def obstacle(problem: Problem, config: Config, shared_bytes: int = LARGEST_SHARED_BYTES) -> str | None:
     """Why a config cannot serve a problem on a GPU whose programs have `shared_bytes` of shared memory; None if
-    nothing is known against it. The first dimension of the problem's shape does not matter.
+    nothing is known against it. Problems of one key have the same.
 
     Raises:
         ValueError: the problem's formats or dtype are none.
@@ -51,7 +51,7 @@ def obstacle(problem: Problem, config: Config, shared_bytes: int = LARGEST_SHARE
     if isinstance(config, HopperConfig):
         return _hopper_obstacle(problem, config)
     if isinstance(config, SmallMatmulConfig):
-        return _stream_obstacle(problem, config)
+        return _stream_obstacle(problem, config, shared_bytes)
     return _matmul_obstacle(problem, config, shared_bytes)
 
 
@@ -72,7 +72,7 @@ def _cast_obstacle(problem: Problem, config: CastConfig) -> str | None:
     if config.square:
         least_rows = max(least_rows, 16)
     if problem.op == "quantize_fold":
-        least_cols = max(least_cols, problem.shape[-1], 64)  # whole rows
+        least_cols = max(least_cols, 64)
     return (
         _not_one_of("num_warps", config.num_warps, _WARPS)
         or _no_side("tile_rows", config.tile_rows, least_rows, 1 << 15)
@@ -121,8 +121,9 @@ def _hopper_obstacle(problem: Problem, config: HopperConfig) -> str | None:
     )
 
 
-def _stream_obstacle(problem: Problem, config: SmallMatmulConfig) -> str | None:
+def _stream_obstacle(problem: Problem, config: SmallMatmulConfig, shared_bytes: int) -> str | None:
     k = problem.shape[-1]
+    needed = stream_bytes(problem, config)
     return (
         _not_one_of("num_warps", config.num_warps, _WARPS)
         or _not_one_of("num_stages", config.num_stages, _STAGES)
@@ -130,7 +131,22 @@ def _stream_obstacle(problem: Problem, config: SmallMatmulConfig) -> str | None:
         or _no_side("cols", config.cols, GROUP, 1024)
         or _not_one_of("splits", config.splits, range(1, min(ceil_div(k, config.cols), 512) + 1))
         or _too_large("rows * cols", config.rows * config.cols, config.num_warps)
+        or (f"its stages take {needed} bytes; allowed: {shared_bytes}" if needed > shared_bytes else None)
     )
+
+
+def stream_bytes(problem: Problem, config: SmallMatmulConfig) -> int:
+    """Of shared memory, that the kernel for few rows takes at least.
+
+    A stage has a tile's codes, columns of x and, if they are a word a thread, scale bytes; the last of them has only
+    what the tensor cores wait for: x where they read it from there, as Hopper's do; else the decoded weights, on their
+    way from some registers to others.
+    """
+    x_rows = max(power_of_two_above(problem.shape[0]), 16)
+    x_bytes, decoded_bytes = 2 * x_rows * config.cols, 2 * config.rows * config.cols
+    scale_bytes = config.rows * config.cols // MXSpec.parse(problem.formats).block.cols
+    stage_bytes = decoded_bytes // 4 + x_bytes + (scale_bytes if scale_bytes >= 4 * 32 * config.num_warps else 0)
+    return (config.num_stages - 1) * stage_bytes + min(x_bytes, decoded_bytes)
 
 
 def _carrier(problem: Problem) -> torch.dtype:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from .config import Config, HopperConfig
 
 @dataclass(frozen=True)
 class Limits:
-    """What configs are pruned by. The defaults are those of a large Hopper GPU, for one that is not here.
+    """What configs are pruned by. The defaults are an H200's.
 
     Attributes:
         architecture: `sm_90`, `gfx950` …
@@ -34,21 +35,55 @@ class Limits:
     ghz: float = 1.7
 
     @classmethod
+    def assumed(cls, architecture: str) -> Limits:
+        """Those of a well-known GPU of an architecture, `MODELS`, for one that is not here."""
+        return _KNOWN.get(architecture, (cls(architecture), ""))[0]
+
+    @classmethod
     def of(cls, device: torch.device) -> Limits:
-        """Those of a CUDA or ROCm device; what PyTorch does not tell of it is as by default."""
+        """Those of a CUDA or ROCm device; what PyTorch does not tell of it is assumed."""
         properties = torch.cuda.get_device_properties(device)
-        told = {
+        told: dict[str, Any] = {
             "processors": properties.multi_processor_count,
             "shared_bytes": getattr(properties, "shared_memory_per_block_optin", 0),
             "processor_shared_bytes": getattr(properties, "shared_memory_per_multiprocessor", 0),
             "registers": getattr(properties, "regs_per_multiprocessor", 0),
             "warps": properties.max_threads_per_multi_processor // properties.warp_size,
         }
-        return cls(gpu.architecture(device), **{name: value for name, value in told.items() if value})
+        return replace(cls.assumed(gpu.architecture(device)), **{name: value for name, value in told.items() if value})
 
     @property
     def capabilities(self) -> gpu.Capabilities:
         return gpu.capabilities(self.architecture)
+
+
+def _like(
+    model: str, architecture: str, processors: int, shared_kib: int, warps: int, programs: int, gbps: int, ghz: float
+) -> tuple[Limits, str]:
+    """A model by its data sheet, of whose bandwidth kernels see seven eighths (so it is on an H200). `shared_kib`: of a
+    multiprocessor, of which a program cannot have the last one."""
+    shared = 1024 * shared_kib
+    return Limits(architecture, processors, shared - 1024, shared, 65536, warps, programs, gbps * 7 / 8, ghz), model
+
+
+# By architecture. What a multiprocessor has is CUDA's table of compute capabilities.
+_KNOWN: dict[str, tuple[Limits, str]] = {
+    limits.architecture: (limits, model)
+    for limits, model in (
+        _like("NVIDIA A100 80GB SXM", "sm_80", 108, 164, 64, 32, 2039, 1.4),
+        _like("NVIDIA RTX A6000", "sm_86", 84, 100, 48, 16, 768, 1.8),
+        _like("NVIDIA L40S", "sm_89", 142, 100, 48, 24, 864, 2.5),
+        (Limits("sm_90"), "NVIDIA H200"),
+        _like("NVIDIA B200", "sm_100", 148, 228, 64, 32, 8000, 1.9),
+        _like("NVIDIA B300", "sm_103", 148, 228, 64, 32, 8000, 1.9),
+        _like("NVIDIA GeForce RTX 5090", "sm_120", 170, 100, 48, 24, 1792, 2.4),
+        (
+            Limits("gfx950", 256, 160 * 1024, 160 * 1024, registers=131072, warps=64, gbps=8000 * 7 / 8, ghz=2.4),
+            "AMD Instinct MI355X",
+        ),
+    )
+}
+MODELS = {architecture: model for architecture, (_, model) in _KNOWN.items()}  # whose limits are assumed
 
 
 @dataclass(frozen=True)

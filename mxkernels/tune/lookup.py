@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,17 +10,18 @@ from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import distributed
 
 from .config import Config
 from .constraints import LARGEST_SHARED_BYTES, obstacle
 from .events import CONFIGS_CHANGED, TABLES_CHANGED
 from .pin import pin_of
 from .problem import Problem
+from .ranks import follow_ranks
 from .source import sources
 from .stamp import Stamp
 
 C = TypeVar("C", bound=Config)
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def _look_up(
         if serves is not None and not serves(pinned):
             raise ValueError(f"the config pinned for {problem} is {pinned!r}, which cannot serve it")
         return Choice(pinned, "pinned")
-    _follow_ranks()
+    follow_ranks()
     known = _known.get((problem, device))
     if known is not None:
         return known
@@ -76,9 +78,11 @@ def _look_up(
 def _candidates(problem: Problem, device: torch.device) -> Iterator[Choice[Any]]:
     """What tables have for a problem, the first choice first."""
     key, shared_bytes = problem.key, _shared_bytes(device)
-    for source in sources(Stamp.of(device)):
+    for source in sources(Stamp.of(device, problem.op), problem.op):
         entry = source.entries.get(key)
-        if entry is not None and obstacle(problem, entry.config, shared_bytes) is None:
+        if entry is None or (key, entry.config) in _struck:
+            continue
+        if obstacle(problem, entry.config, shared_bytes) is None:
             yield Choice(entry.config, source.origin)
 
 
@@ -94,17 +98,57 @@ _known: dict[tuple[Problem, torch.device], Choice[Any]] = {}
 _MOST_KNOWN = 4096
 TABLES_CHANGED.call(_known.clear)
 
-_GROUPS = distributed.is_available()
-_in_group = False
+# --- configs that turn out not to serve --------------------------------------------------------------------
+
+# Of tables, by a problem's key: what does not compile, for as long as the process runs.
+_struck: set[tuple[str, Config]] = set()
 
 
-def _follow_ranks() -> None:
-    """Forget what was found before this process joined others, who may have found something else."""
-    global _in_group
-    in_group = _GROUPS and distributed.is_initialized()
-    if in_group != _in_group:
-        _in_group = in_group
-        TABLES_CHANGED.happened()
+def first_launch(make: Callable[[], R]) -> R:
+    """What `make` returns, which looks configs up, each before its launch, and launches what was not launched before.
+
+    A config of a table that does not compile, or takes more than the GPU has, is left out from then on, with a
+    warning, and `make` is called anew.
+
+    Raises:
+        Exception: what `make` raises: of configs that were pinned, or are the rule's, that too.
+    """
+    while True:
+        met: dict[Problem, Choice[Any]] = {}
+        _recordings.append(met)
+        try:
+            return make()
+        except Exception as error:
+            if not _strike(met, error):
+                raise
+        finally:
+            _forget(met)
+
+
+def _strike(met: dict[Problem, Choice[Any]], error: Exception) -> bool:
+    """Leave the last config that was met out, if an error of the compiler may be its fault."""
+    if not met or not _of_compiler(error):
+        return False
+    problem, choice = list(met.items())[-1]
+    if choice.origin in ("pinned", "rule"):
+        return False
+    _struck.add((problem.key, choice.config))
+    _known.clear()
+    CONFIGS_CHANGED.happened()
+    reason = next((line for line in str(error).splitlines() if line.strip()), "")[:200]
+    warnings.warn(
+        f"the config for {problem} is left out: {choice.config} (origin: {choice.origin}); "
+        f"{type(error).__name__}: {reason}",
+        stacklevel=2,
+    )
+    return True
+
+
+def _of_compiler(error: Exception) -> bool:
+    from triton.errors import TritonError
+
+    # which one of its stages fails with
+    return isinstance(error, TritonError) or "PassManager::run failed" in str(error)
 
 
 _recordings: list[dict[Problem, Choice[Any]]] = []
@@ -119,4 +163,9 @@ def recording() -> Iterator[dict[Problem, Choice[Any]]]:
     try:
         yield seen
     finally:
-        del _recordings[next(index for index, each in enumerate(_recordings) if each is seen)]
+        _forget(seen)
+
+
+def _forget(seen: dict[Problem, Choice[Any]]) -> None:
+    """A recording; others may be equal."""
+    del _recordings[next(index for index, each in enumerate(_recordings) if each is seen)]

@@ -69,6 +69,11 @@ class Problem:
         return " ".join((self.op, self.formats, self.dtype, self.layout, "x".join(map(str, self.shape))))
 
 
+def op_of(key: str) -> str:
+    """The op of a `Problem.key`, or what stands in its place."""
+    return key.partition(" | ")[0]
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16`."""
     return str(dtype).removeprefix("torch.")

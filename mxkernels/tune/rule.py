@@ -69,16 +69,16 @@ def fold_config(spec: MXSpec, rows: int, cols: int, turned: bool) -> CastConfig:
 
 
 def quantize_fold_config(spec: MXSpec, cols: int) -> CastConfig | None:
-    """For rows of `cols`, of which a program has whole ones; None where they are too long for that, or packing
-    would move elements between threads, as it does of 6 bits."""
+    """For contiguous rows of `cols`; None where packing would move elements between threads, as it does of 6 bits.
+    A tile has whole rows, where these fill it; else pieces of them."""
     if spec.element.bits != 4:
         return None
-    tile_cols = max(_power_of_two_above(cols), spec.block.cols, 64)
+    least = max(spec.block.cols, 64)
+    tile_cols = max(power_of_two_above(cols), least)
+    if tile_cols > cols * 9 // 8 or tile_cols * spec.block.rows > 32768:
+        tile_cols = max(min(tile_cols, 2048), least)
     tile_rows = max(spec.block.rows, 1024 // tile_cols)
-    elements = tile_rows * tile_cols
-    if elements > 32768:
-        return None
-    return CastConfig(tile_rows, tile_cols, min(max(elements // 1024, 1), 16), wide=True)
+    return CastConfig(tile_rows, tile_cols, min(max(tile_rows * tile_cols // 1024, 1), 16), wide=True)
 
 
 def small_matmul_config(m: int, n: int, k: int) -> SmallMatmulConfig:
@@ -160,12 +160,17 @@ def wide_matmul_config(m: int, n: int, k: int, exact: bool) -> MatmulConfig:
     return MatmulConfig(128, 128, 64, 8, 3)
 
 
+def guarded_matmul_config(exact: bool) -> MatmulConfig:
+    """For what is redone of a product: a few rows here and there."""
+    return MatmulConfig(32, 64, 32, 4, 1) if exact else MatmulConfig(64, 128, 64, 8, 3)
+
+
 def _fit(config: CastConfig, least_rows: int, least_cols: int, rows: int, cols: int) -> CastConfig:
     """The config with tiles that whole blocks fill and the matrix does not fall far short of; as many elements
     a warp as before."""
     per_warp = config.tile_rows * config.tile_cols // config.num_warps
-    tile_cols = max(min(config.tile_cols, _power_of_two_above(cols)), least_cols, _SMALLEST_SIDE)
-    tile_rows = max(min(config.tile_rows, _power_of_two_above(rows)), least_rows)
+    tile_cols = max(min(config.tile_cols, power_of_two_above(cols)), least_cols, _SMALLEST_SIDE)
+    tile_rows = max(min(config.tile_rows, power_of_two_above(rows)), least_rows)
     num_warps = min(max(tile_rows * tile_cols // per_warp, 1), 8)
     return CastConfig(tile_rows, tile_cols, num_warps, config.square, config.wide)
 
@@ -174,5 +179,5 @@ def ceil_div(n: int, divisor: int) -> int:
     return (n + divisor - 1) // divisor
 
 
-def _power_of_two_above(n: int) -> int:
+def power_of_two_above(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()

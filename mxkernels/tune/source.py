@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 from . import location, ranks
 from .events import TABLES_CHANGED
+from .problem import OPS
 from .stamp import Stamp
 from .table import Entry, Table, TableError, cache_path, load
 
@@ -22,34 +25,35 @@ class Source:
     entries: dict[str, Entry]
 
 
-def sources(stamp: Stamp) -> tuple[Source, ...]:
-    """For a GPU, those that serve first first: the user's cache, the table shipped for the GPU, those of other GPUs of
-    its architecture, of which the ones with the most similar number of multiprocessors come first.
+def sources(stamp: Stamp, op: str) -> tuple[Source, ...]:
+    """For an op, of which the stamp is, those that serve first first: the user's cache, the table shipped for the GPU,
+    those of other GPUs of its architecture, of which the ones with the most similar number of multiprocessors come
+    first.
 
     A cache, and what is in it, that cannot serve is left out with a warning, once a process.
     """
-    return _sources(stamp, ranks.one_of_many())
+    return _sources(stamp, op, ranks.one_of_many())
 
 
 @lru_cache
-def _sources(stamp: Stamp, one_of_many: bool) -> tuple[Source, ...]:
-    found = _cache(stamp, one_of_many)
+def _sources(stamp: Stamp, op: str, one_of_many: bool) -> tuple[Source, ...]:
+    found = _cache(stamp, op, one_of_many)
     tables = shipped()
-    found += [Source("shipped", path, entries) for path, entries in _for_stamp(tables, stamp)]
+    found += [Source("shipped", path, entries) for path, entries in _for_stamp(tables, stamp, op)]
     relatives = {
         other
         for table in tables.values()
         for other in table.sections
-        if other != stamp and other.architecture == stamp.architecture and other == other.here()
+        if other != stamp and other.architecture == stamp.architecture and other == other.here(op)
     }
     for other in sorted(relatives, key=lambda other: (abs(other.sm_count - stamp.sm_count), other.gpu)):
-        found += [Source(f"nearest ({other.gpu})", path, entries) for path, entries in _for_stamp(tables, other)]
+        found += [Source(f"nearest ({other.gpu})", path, entries) for path, entries in _for_stamp(tables, other, op)]
     return tuple(found)
 
 
-def _cache(stamp: Stamp, one_of_many: bool) -> list[Source]:
+def _cache(stamp: Stamp, op: str, one_of_many: bool) -> list[Source]:
     """The user's cache as it may be used: among ranks, what rank 0 shared of its own."""
-    shared = ranks.shared_entries(stamp)
+    shared = ranks.shared_entries(stamp, op)
     if shared is not None:
         return [Source("cache", Path("rank 0"), shared)]
     try:
@@ -57,11 +61,11 @@ def _cache(stamp: Stamp, one_of_many: bool) -> list[Source]:
     except TableError:
         return []  # there is no place for one
     try:
-        table = load(path)
+        table = _read(path)
     except TableError as error:
         _warn(path, f"{error}; it is left out, and `mxkernels tune` makes another")
         return []
-    entries, faults = table.entries(stamp)
+    entries, faults = table.entries(stamp, op)
     if one_of_many:
         if entries:
             _warn(path, f"{path} is left out: ranks' caches may differ; mxkernels.tune.share() shares that of rank 0")
@@ -69,10 +73,19 @@ def _cache(stamp: Stamp, one_of_many: bool) -> list[Source]:
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         _warn(path, f"{path} has an entry that is left out{more}: {faults[0]}")
-    if table.sections and stamp not in table.sections:
-        other = max(table.sections, key=lambda each: (each.triton == stamp.triton, each.kernels == stamp.kernels))
-        _warn(path, f"{path} is left out: measured with {other.differences(stamp)}; `mxkernels tune` does it again")
+    measured = [other for other, its, _ in table.parts() if its == op]
+    if measured and stamp not in measured:
+        other = max(measured, key=lambda each: (each.triton == stamp.triton, each.kernels == stamp.kernels))
+        _warn(
+            path,
+            f"{path} is left out for {op}: measured with {other.differences(stamp)}; `mxkernels tune` does it again",
+        )
     return [Source("cache", path, entries)]
+
+
+@lru_cache
+def _read(path: Path) -> Table:
+    return load(path)
 
 
 @lru_cache
@@ -87,26 +100,36 @@ def shipped() -> dict[Path, Table]:
     return found
 
 
-def left_out(stamp: Stamp) -> list[str]:
-    """A sentence for each section of the tables of a GPU's architecture that was measured with something else than
-    what is here."""
-    found = []
-    for path, table in {**_tables_of_cache(stamp), **shipped()}.items():
-        for other, section in table.sections.items():
-            if other.architecture == stamp.architecture and other != other.here():
-                found.append(f"{len(section)} in {path}: measured with {other.differences(other.here())}")
-    return found
+def serving(device: torch.device) -> list[Source]:
+    """What serves a GPU, all ops together, a source for each place and file that has something."""
+    found: dict[tuple[str, Path], dict[str, Entry]] = {}
+    for op in OPS:
+        for each in sources(Stamp.of(device, op), op):
+            found.setdefault((each.origin, each.path), {}).update(each.entries)
+    return [Source(*place, entries) for place, entries in found.items() if entries]
 
 
-def _tables_of_cache(stamp: Stamp) -> dict[Path, Table]:
+def left_out(device: torch.device) -> list[str]:
+    """A sentence for each part of the tables of a GPU's architecture that was measured with something else than what
+    is here."""
+    here = Stamp.of(device, next(iter(OPS)))
+    return [
+        f"{count} of {op} in {path}: measured with {differences}"
+        for path, table in {**_table_of_cache(here), **shipped()}.items()
+        for stamp, op, count in table.parts()
+        if op in OPS and stamp.architecture == here.architecture and (differences := stamp.differences(stamp.here(op)))
+    ]
+
+
+def _table_of_cache(stamp: Stamp) -> dict[Path, Table]:
     try:
-        return {cache_path(stamp): load(cache_path(stamp))}
+        return {cache_path(stamp): _read(cache_path(stamp))}
     except TableError:
         return {}
 
 
-def _for_stamp(tables: dict[Path, Table], stamp: Stamp) -> list[tuple[Path, dict[str, Entry]]]:
-    return [(path, table.entries(stamp)[0]) for path, table in tables.items() if stamp in table.sections]
+def _for_stamp(tables: dict[Path, Table], stamp: Stamp, op: str) -> list[tuple[Path, dict[str, Entry]]]:
+    return [(path, table.entries(stamp, op)[0]) for path, table in tables.items() if stamp in table.sections]
 
 
 _warned: set[Path] = set()
@@ -120,3 +143,4 @@ def _warn(path: Path, sentence: str) -> None:
 
 TABLES_CHANGED.call(_sources.cache_clear)
 TABLES_CHANGED.call(shipped.cache_clear)
+TABLES_CHANGED.call(_read.cache_clear)

@@ -14,7 +14,7 @@ from .config import CastConfig, Config, HopperConfig, MatmulConfig, SmallMatmulC
 from .constraints import obstacle
 from .limits import Limits
 from .problem import Problem
-from .rule import ceil_div, hopper_tile_config
+from .rule import ceil_div, hopper_tile_config, power_of_two_above
 
 _HOPPER_TILES = ((64, 1), (64, 2), (128, 1), (128, 2), (256, 1))  # columns of a piece, pieces
 _GROUPS = (4, 8, 16, 32)  # rows of tiles that go together
@@ -69,12 +69,14 @@ def _casts(problem: Problem, rule: Config) -> Iterator[Config]:
 _ALONG = ("rows", "straight")
 
 
-def _whole_rows(problem: Problem, rule: Config) -> Iterator[Config]:
-    """Tiles of whole rows: only their number is free."""
-    assert isinstance(rule, CastConfig)
-    for tile_rows, num_warps, wide in product(_doublings(1, 128), (1, 2, 4, 8, 16), (False, True)):
-        if 512 * num_warps <= tile_rows * rule.tile_cols <= min(32 * 128 * num_warps, 32768):
-            yield CastConfig(tile_rows, rule.tile_cols, num_warps, wide=wide)
+def _bands(problem: Problem, rule: Config) -> Iterator[Config]:
+    """Tiles of whole rows, or of pieces of them."""
+    widest = power_of_two_above(problem.shape[1])
+    for tile_cols, tile_rows, num_warps, wide in product(
+        _doublings(min(512, widest), widest), _doublings(1, 32), (1, 2, 4, 8, 16), (False, True)
+    ):
+        if 512 * num_warps <= tile_rows * tile_cols <= min(32 * 128 * num_warps, 32768):
+            yield CastConfig(tile_rows, tile_cols, num_warps, wide=wide)
 
 
 def _carriers(problem: Problem, rule: Config) -> Iterator[Config]:
@@ -138,7 +140,7 @@ _GRIDS: dict[str, Callable[[Problem, Config], Iterable[Config]]] = {
     "quantize_pair": _casts,
     "dequantize": _casts,
     "fold": _casts,
-    "quantize_fold": _whole_rows,
+    "quantize_fold": _bands,
     "multiply": _carriers,
     "stream": _few_rows,
     "decode_multiply": _decoding,

@@ -13,17 +13,31 @@ from .. import gpu as gpus
 
 _PACKAGE = Path(__file__).parents[1]
 
+# The modules in `ops` that an op's kernels are made of, beside those that all share.
+_SHARED = ("formats.py", "ops/primitives.py", "ops/tiles.py")
+_MODULES: dict[str, tuple[str, ...]] = {
+    "quantize": ("quantize_kernel",),
+    "quantize_pair": ("quantize_kernel",),
+    "dequantize": ("dequantize_kernel",),
+    "fold": ("fold_kernel", "quantize_kernel"),
+    "quantize_fold": ("fold_kernel", "quantize_kernel"),
+    "multiply": ("matmul_kernel", "matmul_hopper_kernel"),
+    "stream": ("matmul_small_kernel", "matmul_kernel"),
+    "decode_multiply": ("matmul_wide_kernel", "matmul_kernel"),
+    "native": ("matmul_native_kernel", "matmul_kernel"),
+}
+
 
 @dataclass(frozen=True)
 class Stamp:
-    """What configs were measured on: they serve where all of it is the same.
+    """What an op's configs were measured on: they serve where all of it is the same.
 
     Attributes:
         gpu: its name, as the driver tells it.
         architecture: `sm_90`, `gfx950` …
         sm_count: of its multiprocessors.
         triton: its version.
-        kernels: a hash of the kernels' sources.
+        kernels: a hash of the sources of the op's kernels; ops that are made of the same have the same.
     """
 
     gpu: str
@@ -33,13 +47,13 @@ class Stamp:
     kernels: str
 
     @classmethod
-    def of(cls, device: torch.device) -> Stamp:
-        """That of a CUDA or ROCm device, here and now."""
-        return _stamp(device)
+    def of(cls, device: torch.device, op: str) -> Stamp:
+        """That of an op on a CUDA or ROCm device, here and now."""
+        return _stamp(device, op)
 
-    def here(self) -> Stamp:
-        """That of the same GPU with this Triton and these kernels."""
-        return replace(self, triton=triton_version(), kernels=kernels_hash())
+    def here(self, op: str) -> Stamp:
+        """That of an op on the same GPU, with this Triton and these kernels."""
+        return replace(self, triton=triton_version(), kernels=kernels_hash(op))
 
     def differences(self, other: Stamp) -> str:
         """`triton 3.6.0, not 3.7.1`: what of this stamp is not as in the other."""
@@ -48,14 +62,14 @@ class Stamp:
 
 
 @lru_cache
-def _stamp(device: torch.device) -> Stamp:
+def _stamp(device: torch.device, op: str) -> Stamp:
     properties = torch.cuda.get_device_properties(device)
     return Stamp(
         properties.name,
         gpus.architecture(device),
         properties.multi_processor_count,
         triton_version(),
-        kernels_hash(),
+        kernels_hash(op),
     )
 
 
@@ -69,11 +83,15 @@ def triton_version() -> str:
     return str(triton.__version__)
 
 
+def kernel_sources(op: str) -> tuple[str, ...]:
+    """The files of the package that an op's kernels are made of."""
+    return (*_SHARED, *(f"ops/{module}.py" for module in _MODULES[op]))
+
+
 @lru_cache
-def kernels_hash() -> str:
-    """Of the sources that make kernels, whatever their ends of lines."""
-    ops = _PACKAGE / "ops"
+def kernels_hash(op: str) -> str:
+    """Of the sources of an op's kernels, whatever their ends of lines."""
     found = hashlib.sha256()
-    for path in (_PACKAGE / "formats.py", ops / "primitives.py", ops / "tiles.py", *sorted(ops.glob("*_kernel.py"))):
-        found.update(path.name.encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
+    for name in kernel_sources(op):
+        found.update(name.encode() + b"\0" + (_PACKAGE / name).read_bytes().replace(b"\r\n", b"\n") + b"\0")
     return found.hexdigest()[:16]

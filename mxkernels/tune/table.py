@@ -1,7 +1,8 @@
 """Tables of configs that were found by measuring: JSON files, one a GPU.
 
-A table has a section for each stamp, so that environments share a file; a section maps `Problem.key` to an entry.
-What was stored is replaced by whoever has the same stamp, and by nobody else.
+A table has a section for each stamp, so that environments share a file, and an op's kernels can change without the
+others; a section maps `Problem.key` to an entry. What was stored is replaced by whoever has the same stamp, and by
+nobody else.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import json
 import math
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from .config import CastConfig, Config, HopperConfig, MatmulConfig, SmallMatmulC
 from .constraints import obstacle
 from .events import TABLES_CHANGED
 from .location import VARIABLE, cache_directory, table_name
-from .problem import Problem
+from .problem import Problem, op_of
 from .stamp import Stamp
 
 _CONFIGS: dict[str, type[Config]] = {
@@ -90,10 +92,18 @@ class Table:
 
     sections: dict[Stamp, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
-    def entries(self, stamp: Stamp) -> tuple[dict[str, Entry], list[str]]:
-        """The entries of a stamp that can serve, and a sentence for each that cannot."""
+    def parts(self) -> Iterator[tuple[Stamp, str, int]]:
+        """Each section's ops, and how many entries they have."""
+        for stamp, section in self.sections.items():
+            for op, count in Counter(map(op_of, section)).items():
+                yield stamp, op, count
+
+    def entries(self, stamp: Stamp, op: str) -> tuple[dict[str, Entry], list[str]]:
+        """The entries of an op under a stamp that can serve, and a sentence for each that cannot."""
         found, faults = {}, []
         for key, value in self.sections.get(stamp, {}).items():
+            if op_of(key) != op:
+                continue
             try:
                 found[key] = Entry.of_json(key, value)
             except ValueError as error:
@@ -133,11 +143,9 @@ def load(path: Path) -> Table:
         TableError: it cannot be read; BrokenTable: it is none.
     """
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is no regular file")
-        if status.st_size > _LARGEST_BYTES:
-            raise ValueError(f"it has {status.st_size} bytes; allowed: {_LARGEST_BYTES}")
+        size = _file_size(path)
+        if size > _LARGEST_BYTES:
+            raise ValueError(f"it has {size} bytes; allowed: {_LARGEST_BYTES}")
         # What is not finite or has thousands of digits is refused, since it could not be written again.
         value = json.loads(path.read_bytes().decode(), parse_float=_finite, parse_constant=_finite)
         return Table(_sections(value))
@@ -153,9 +161,10 @@ def store(entries: dict[str, Entry], stamp: Stamp, path: Path | None = None) -> 
     """Merge entries, by `Problem.key`, into a file: those of the same stamp and key are replaced, others stay.
 
     The file is replaced as a whole, under a lock, so that whoever reads it or dies meanwhile leaves a valid one. One
-    that is no table is set aside as `.broken`.
+    that is no table is set aside as `.broken`; what is no regular file, a folder, pipe or device, is left alone.
 
     Args:
+        entries: of ops whose stamp it is.
         path: None is the user's cache for the stamp's GPU.
 
     Returns:
@@ -169,14 +178,16 @@ def store(entries: dict[str, Entry], stamp: Stamp, path: Path | None = None) -> 
     for key, value in values.items():
         Entry.of_json(key, value)
     path = cache_path(stamp) if path is None else path
+    with suppress(OSError):
+        _file_size(path)  # refuses others before a lock is made beside them
     with _locked(path):
         try:
             table = load(path)
         except BrokenTable:
             _set_aside(path)
             table = Table()
-        section = table.sections.setdefault(stamp, {})
-        section.update(values)
+        if values:
+            table.sections.setdefault(stamp, {}).update(values)
         _replace(path, table.text())
     TABLES_CHANGED.happened()
     return path
@@ -220,6 +231,16 @@ def _sections(value: Any) -> dict[Stamp, dict[str, dict[str, Any]]]:
 def _is_flat(value: Any) -> bool:
     within = value.values() if isinstance(value, dict) else [value]
     return not any(isinstance(each, (dict, list)) for each in within)
+
+
+def _file_size(path: Path) -> int:
+    """The bytes of a regular file; raises TableError for what is there and is none."""
+    status = os.stat(path)
+    if stat.S_ISREG(status.st_mode):
+        return status.st_size
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"))
+    kind = next((kind for is_one, kind in kinds if is_one(status.st_mode)), "a device or socket")
+    raise TableError(f"{path} is {kind}; allowed: a file")
 
 
 def _finite(text: str) -> float:

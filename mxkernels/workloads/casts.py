@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..folded import Window, window
+from ..folded import Outside, Window, window
 from ..ops.dequantize_kernel import dequantize_launch
 from ..ops.fold_kernel import fold_launch, quantize_fold_launch
 from ..ops.launch import Launch
@@ -111,23 +111,24 @@ class Fold(Cast):
         lines, self.k = (cols, rows) if self.turned else (rows, cols)
         parts = torch.ops.mxkernels.quantize(self.drawn(rows, cols), str(self.spec), None)
         kind = f"packed {self.problem.layout} {self.spec}"
-        codes, scale, reference, outside = self.moved(torch.ops.mxkernels.fold(*parts, kind, lines, self.k))
+        codes, scale, reference, *flags = self.moved(torch.ops.mxkernels.fold(*parts, kind, lines, self.k))
         self.inputs = [*self.moved(parts), reference]
-        self.expected = [codes, scale, outside]
+        self.expected = [codes, scale, *flags]
 
     def poison(self) -> None:
         super().poison()
-        self.outputs[2].zero_()
+        for flags in self.outputs[2:]:
+            flags.zero_()
         _clear_padding(self.outputs[0], self.expected[0], self.k)
 
     def launches(self, config: Any) -> list[Launch]:
         codes, scale, reference = self.inputs
-        folded, folded_scale, outside = self.outputs
+        folded, folded_scale, *flags = self.outputs
         found, cols = _window(self.spec), self.problem.shape[1]
         folded = folded.view(self.dtype)
         return [
             fold_launch(
-                codes, scale, cols, self.spec, self.turned, found, reference, folded, folded_scale, outside,
+                codes, scale, cols, self.spec, self.turned, found, reference, folded, folded_scale, Outside(*flags),
                 config, self.capabilities,
             )
         ]  # fmt: skip
@@ -154,7 +155,7 @@ class QuantizeFold(Cast):
         _clear_padding(self.outputs[0], self.expected[0], self.problem.shape[1])
 
     def launches(self, config: Any) -> list[Launch]:
-        codes, scale, reference, outside = self.outputs
+        codes, scale, reference, *flags = self.outputs
         found = _window(self.spec)
         carrier = torch.float8_e4m3fn if found.carrier.name == "e4m3" else torch.float8_e5m2
         codes = codes.view(carrier if self.limits.capabilities.fp8_mma else torch.uint8)
@@ -167,7 +168,7 @@ class QuantizeFold(Cast):
                 reference,
                 codes,
                 scale,
-                outside,
+                Outside(*flags),
                 config,
                 self.capabilities,
             )

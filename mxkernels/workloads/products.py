@@ -244,11 +244,7 @@ class DecodeMultiply(Product):
             for side in self.sides
         )
         exact = self.problem.layout == "exact"
-        return [
-            matmul_wide_launch(
-                (a, b), self.k, None, self.out, (None, None), self.lost, exact, config, self.capabilities
-            )
-        ]
+        return [matmul_wide_launch((a, b), self.k, None, self.out, None, self.lost, exact, config, self.capabilities)]
 
     def decoded(self) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = (self._values(side, elements=True, offsets=True) for side in self.sides)
