@@ -87,7 +87,7 @@ def test_bytes() -> None:
     elements, blocks = (6 + 40) * 96, (6 + 40) * 3
     codes, plain, folded = (row(product(timed_from=start)) for start in ("codes", "plain", "folded"))
     assert codes["bytes"] == plain["bytes"] == elements // 2 + blocks
-    assert folded["bytes"] == elements + blocks + (6 + 40) + 2 * 4
+    assert folded["bytes"] == elements + blocks + 2 * (6 + 40) + 2 * 4  # references and flags
     assert {found["bytes_bf16"] for found in (codes, plain, folded)} == {2 * elements}
     assert codes["bytes_fp8"] == elements + 4 * (6 + 40)
     weights_only = row(product(torch.bfloat16))

@@ -95,10 +95,12 @@ def test_offsets_on_the_fp8_path(shape: tuple[int, int, int], kinds: tuple[str, 
 
 
 def test_offsets_beyond_the_window_take_the_wide_path() -> None:
+    """A row that is outside alone; all, where a sum is no normal number."""
     a, b = (here(300, 1024, "e2m1 1x32 rtne even asymmetric", seed) for seed in range(2))
-    for scale in (torch.tensor([200, 100], device=CUDA), torch.tensor([0, 130], device=CUDA)):
+    for scale, redone in ((torch.tensor([200, 100], device=CUDA), [3]), (torch.tensor([0, 130], device=CUDA), None)):
         a.scale[3, 1:3] = scale
-        assert torch.equal(mx.matmul(a, b.T, out_dtype=torch.float32), run(a, b, "wide"))
+        found = mx.matmul(a, b.T, out_dtype=torch.float32)
+        assert torch.equal(found[redone or slice(None)], run(a, b, "wide")[redone or slice(None)])
 
 
 WIDE = (

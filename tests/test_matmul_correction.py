@@ -157,7 +157,7 @@ def test_sums_that_are_no_normal_numbers_take_the_wide_path(byte: int, normal: b
 def test_exponents_beyond_the_window_take_the_wide_path() -> None:
     a, b = (operand(40, 96, "e2m1 1x32 rtne even asymmetric", seed) for seed in range(2))
     a.scale[3, 1], a.scale[3, 2] = 200, 100
-    assert torch.equal(run(a, b, "fp8"), run(a, b, "wide"))
+    assert torch.equal(run(a, b, "fp8")[3], run(a, b, "wide")[3])
 
 
 def test_the_columns_of_both_sides() -> None:

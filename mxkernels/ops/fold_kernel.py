@@ -104,13 +104,14 @@ def fold_kernel(
     i = tl.arange(0, TILE_ROWS)[:, None]
     j = tl.arange(0, TILE_COLS)[None, :]
     inside = (i < rows - tile_row * TILE_ROWS) & (j < cols - tile_col * TILE_COLS)
-    folded, byte, fits = folded_words(words, scale, reference, ELEMENT, WINDOW, FOLDED, GPU)
-    tl.store(folded_scale_ptr + folded_block, byte.to(tl.uint8), mask=exists)
+    fits = fits_window(scale, reference, WINDOW)
     if tl.min(tl.min(fits, axis=1), axis=0) == 0:
         outside = lines_outside(words, fits, inside, ELEMENT, BLOCK, TURNED, GPU)
         tl.store(outside_lines_ptr + line, outside.to(tl.uint8), mask=outside != 0)
         if tl.max(tl.max(outside, axis=1), axis=0) != 0:
             tl.store(outside_ptr, 1)
+    folded, byte = folded_words(words, scale, reference, fits, ELEMENT, WINDOW, FOLDED, GPU)
+    tl.store(folded_scale_ptr + folded_block, byte.to(tl.uint8), mask=exists)
     if TURNED:
         turned = tl.trans(bytes_of_words(folded).to(tl.uint8))
         i = tile_col * TILE_COLS + tl.arange(0, TILE_COLS)[:, None]
@@ -121,18 +122,22 @@ def fold_kernel(
 
 
 @triton.jit
+def fits_window(scale, reference, WINDOW: tl.constexpr):
+    """Which blocks are within reach of the reference, or NaN: int32."""
+    return ((scale == NAN_BYTE) | (scale - reference >= WINDOW.low)).to(tl.int32)
+
+
+@triton.jit
 def folded_words(
-    words, scale, reference,
+    words, scale, reference, fits,
     ELEMENT: tl.constexpr, WINDOW: tl.constexpr, FOLDED: tl.constexpr, GPU: tl.constexpr,
 ):  # fmt: skip
-    """A tile of packed words and the scales of its blocks as words of FP8 codes and scales; and which blocks are
-    within reach of the reference."""
+    """A tile of packed words and the scales of its blocks as words of FP8 codes and scales."""
     BLOCK: tl.constexpr = FOLDED.block
     CARRIER: tl.constexpr = FOLDED.element
     is_nan = scale == NAN_BYTE
-    fits = is_nan | (scale - reference >= WINDOW.low)
     # one that does not fit gets the scale that it would have on its own
-    byte = tl.where(fits, reference, tl.maximum(scale - WINDOW.top, 0))
+    byte = tl.where(fits != 0, reference, tl.maximum(scale - WINDOW.top, 0))
     factor = scale_value(tl.where(is_nan, 0, scale - byte) + 127)
     byte = tl.where(is_nan, NAN_BYTE, byte)
     if GPU.cvt_fp8:
@@ -149,7 +154,7 @@ def folded_words(
         value = decode_words(words, ELEMENT, GPU)
         folded = encode_words(value, spread(factor, BLOCK), kept, 0, FOLDED, 8, GPU)
         folded |= words_of_bytes(tl.where(kept, 0, NAN_CODE))
-    return folded, byte, fits.to(tl.int32)
+    return folded, byte
 
 
 @triton.jit
@@ -261,13 +266,14 @@ def quantize_fold_tile(
 
     block = block_index(tile_row, tile_col, cols, BLOCK, ROWS, COLS)
     exists = block_inside(tile_row, tile_col, rows, cols, BLOCK, ROWS, COLS)
-    folded, byte, fits = folded_words(words, scale, reference, ELEMENT, WINDOW, FOLDED, GPU)
-    tl.store(folded_scale_ptr + block, byte.to(tl.uint8), mask=exists)
-    store_words(folded, folded_ptr, tile_row, tile_col, rows, folded_stride, COLS // 4, LAYOUT)
+    fits = fits_window(scale, reference, WINDOW)
     outside = tl.zeros([ROWS // BLOCK.rows, 1], tl.int32)
     if tl.min(tl.min(tl.where(exists, fits, 1), axis=1), axis=0) == 0:
         # what lies beyond the matrix are zeros
         outside = lines_outside(words, fits, True, ELEMENT, BLOCK, False, GPU)
+    folded, byte = folded_words(words, scale, reference, fits, ELEMENT, WINDOW, FOLDED, GPU)
+    tl.store(folded_scale_ptr + block, byte.to(tl.uint8), mask=exists)
+    store_words(folded, folded_ptr, tile_row, tile_col, rows, folded_stride, COLS // 4, LAYOUT)
     return outside
 
 
