@@ -300,3 +300,12 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
             assert loaded[name].device.type == torch.device(device).type
             assert_same(loaded[name], q)
             assert_bits(loaded[name].dequantize(), q.dequantize())
+
+
+def test_what_is_stored_negated() -> None:
+    """Its memory has the other sign: of what is given at first, and of what is like it later."""
+    x = torch.randn(8, 64, dtype=torch.complex64, device="cuda").conj().imag
+    assert x.is_neg()
+    for _ in range(2):
+        found, expected = mx.quantize(x, mx.mxfp4), mx.quantize(x.resolve_neg(), mx.mxfp4)
+        assert torch.equal(found.codes, expected.codes)

@@ -394,6 +394,19 @@ def test_a_layer_has_the_same_bits_as_one_plan(name: str, log: Log, monkeypatch:
     assert sorted(log.first + replayed) == sorted(again)
 
 
+def test_results_may_be_changed_in_place(log: Log) -> None:
+    """The first call's as well as those of replays: they are no views to autograd."""
+    x, w, _ = inputs(0)
+    w = w[:, : x.shape[1]].detach().requires_grad_()
+    q = mx.quantize(ordinary(8, 64), mx.mxfp4)
+    for _ in range(2):
+        torch.relu_(linear(x, w)).sum().backward()
+        with torch.no_grad():
+            y, z = mx.matmul(q, q.T), linear(x, w)
+        y.mul_(torch.ones(8, dtype=y.dtype, requires_grad=True))
+        z.mul_(torch.ones(w.shape[0], dtype=z.dtype, requires_grad=True))
+
+
 def test_recipes_with_other_work_are_no_plan(log: Log) -> None:
     for recipe in (RECIPES["bf16"], RECIPES["mxfp4"].replace(forward=Product(mx.mxfp4, mx.mxfp4, hadamard=16))):
         linear(ordinary(8, 64), ordinary(16, 64), recipe=recipe)

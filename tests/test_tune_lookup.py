@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -214,7 +215,27 @@ def test_other_configs_and_other_errors_are_raised(fake_gpu: Become) -> None:
     with pytest.raises(type(error)):
         tune.first_launch(lambda: (_ for _ in ()).throw(error))
     assert found().origin == "cache"
-    assert not lookup._recordings
+    assert not lookup._first.met
+
+
+def test_threads_blame_their_own_configs(fake_gpu: Become) -> None:
+    """A config that another thread meets in the middle of a first launch is not left out for what this one meets."""
+    other = replace(PROBLEM, shape=(1, 4096))
+    keep(PROBLEM, cast(1))
+    keep(other, cast(2))
+
+    def make() -> str:
+        origin = found().origin
+        thread = threading.Thread(target=lambda: tune.first_launch(lambda: found(other)))
+        thread.start()
+        thread.join()
+        if origin == "cache":
+            raise compiler_errors()[0]
+        return origin
+
+    with pytest.warns(UserWarning, match="is left out"):
+        assert tune.first_launch(make) == "rule"
+    assert found(other).origin == "cache"
 
 
 def test_launches_are_forgotten_where_a_config_is_left_out(fake_gpu: Become) -> None:
@@ -335,8 +356,9 @@ def test_launches_are_forgotten_when_configs_change(fake_gpu: Become) -> None:
     pin = tune.pinned("quantize", cast(1))
     assert forgotten(pin.__enter__)
     assert forgotten(lambda: pin.__exit__(None, None, None))
-    assert forgotten(tune.recording().__enter__)
-    lookup._recordings.clear()
+    seen = tune.recording()
+    assert forgotten(seen.__enter__)
+    seen.__exit__(None, None, None)
     assert not forgotten(found)
     plan._plans.clear()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import gpu, reference
+from .. import gpu, reference, tune
 from ..folded import FoldedTensor, folded_spec, window
 from ..prepared import PreparedTensor
 from ..spec import MXSpec
@@ -25,6 +25,7 @@ from .operand import (
     check_bias,
     check_operands,
     decoded,
+    in_shape,
     launchable,
     operand_a,
     operand_b,
@@ -252,7 +253,7 @@ def is_eager(*tensors: torch.Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     for x in tensors:
-        if x is not None and not (x.is_cuda and type(x) in (torch.Tensor, torch.nn.Parameter)):
+        if x is not None and not (x.is_cuda and type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_neg()):
             return False
     return True
 
@@ -341,9 +342,11 @@ def _quantize_cuda(x: torch.Tensor, text: str, seed: torch.Tensor | None, pair: 
         plan.launch(quantize_launch(inputs[0], spec, inputs[1], parts))
         return parts
 
-    # A view, or a copy where the leading dimensions do not merge.
-    prepare = None if x.dim() == 2 else lambda: [as_matrix(x), seed]
-    return recorded(("quantize", text, pair), [x, seed], run, prepare)
+    def prepare() -> Tensors:
+        _check_matrix(x)
+        return [as_matrix(x), seed]  # a view, or a copy where the leading dimensions do not merge
+
+    return recorded(("quantize", text, pair), [x, seed], run, None if x.dim() == 2 else prepare)
 
 
 def _quantize_pair_cuda(x: torch.Tensor, text: str, seed: torch.Tensor | None) -> list[torch.Tensor]:
@@ -498,12 +501,13 @@ def _matmul_cuda(
         ready = prepare()
         left, right = sides(ready)
         if path == "native" or choose(left, right, gpu.device_capabilities(device)) == "native":
-            return products.native_product(left, right, k, ready[-1], dtype, device).view(*a_rows, n)
+            made = tune.first_launch(lambda: products.native_product(left, right, k, ready[-1], dtype, device))
+            return made.view(*a_rows, n)
 
     def run(plan: Plan, inputs: Tensors) -> list[torch.Tensor]:
         left, right = sides(inputs)
         chosen = choose(left, right, gpu.device_capabilities(device)) if path == "auto" else path
-        return [products.plan_product(plan, left, right, k, inputs[-1], dtype, chosen).view(*a_rows, n)]
+        return [in_shape(products.plan_product(plan, left, right, k, inputs[-1], dtype, chosen), *a_rows, n)]
 
     key = ("matmul", a_kind, b_kind, tuple(a_rows), n, k, dtype, path)
     return recorded(key, [*a, *b, bias], run, prepare)[0]

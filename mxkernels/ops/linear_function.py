@@ -28,7 +28,7 @@ from .layer_operand import (
     restored,
     seeds,
 )
-from .operand import as_matrix
+from .operand import as_matrix, in_shape
 from .plain import autocast_dtype
 from .transform import depend
 
@@ -135,7 +135,7 @@ def _forward(
     matrix = _matrix(x)
     y, *kept = in_one(_output, (matrix, weight, bias, drawn), recipe, dtype, keep_x, keep_weight)
     assert y is not None
-    return y if matrix is x else y.view(*x.shape[:-1], weight.shape[0]), tuple(kept)
+    return y if matrix is x else in_shape(y, *x.shape[:-1], weight.shape[0]), tuple(kept)
 
 
 def _output(
@@ -178,7 +178,7 @@ def _output(
         right, kept = made_both(weight, use, across, dtype)
         weight_parts = parts(kept)
 
-    y = multiplied(left, right, bias, dtype).view(*x.shape[:-1], weight.shape[0])
+    y = in_shape(multiplied(left, right, bias, dtype), *x.shape[:-1], weight.shape[0])
     depend(y, (x_signs, weight_signs))
     return y, *x_parts, x_signs, *weight_parts, weight_signs
 
@@ -202,7 +202,7 @@ def _data_gradient(
     use = Use.of(product, product.right, signs, seed[1])
     right = _weight_for_backward((codes, scale, offset), recipe, features, use, dtype, folds)
     left = made(matrix, Use.of(product, product.left, signs, seed[0]), dtype, folds)
-    return (multiplied(left, right, None, out_dtype).view(*dy.shape[:-1], k),)
+    return (in_shape(multiplied(left, right, None, out_dtype), *dy.shape[:-1], k),)
 
 
 def _weight_gradient(

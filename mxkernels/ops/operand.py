@@ -97,6 +97,11 @@ def carrier_dtype(spec: MXSpec, device: torch.device) -> torch.dtype:
     return FP8_DTYPES[spec.element.name]
 
 
+def in_shape(x: torch.Tensor, *shape: int) -> torch.Tensor:
+    """A tensor that nobody else has in another shape; no view to autograd, so that it may be changed in place."""
+    return torch.ops.aten._unsafe_view.default(x, shape)
+
+
 def as_matrix(x: torch.Tensor) -> torch.Tensor:
     return x if x.dim() == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
 

@@ -166,6 +166,7 @@ def _extent(tensor: Any) -> int:
 
 # Finished plans, and whether they take their inputs as they are given; None for what is none.
 _plans: dict[tuple[Any, ...], tuple[Plan, bool] | None] = {}
+_UNKNOWN: Any = object()
 tune.on_change(_plans.clear)
 
 
@@ -213,8 +214,8 @@ def traced(key: tuple[Any, ...], given: Tensors, function: Callable[..., Tensors
     if _making.plan is not None:
         return function(*given)
     addresses, key = _known_by(key, given)
-    if key in _plans:
-        known = _plans[key]
+    known = _plans.get(key, _UNKNOWN)
+    if known is not _UNKNOWN:
         return known[0].replay(given, addresses) if known else function(*given)
 
     def run(plan: Plan) -> Tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,6 +50,9 @@ def find_config(
     """
     choice = _look_up(problem, device, rule, serves)
     for seen in _recordings:
+        seen[problem] = choice
+    for seen in _first.met:
+        seen.pop(problem, None)  # the last one that was met stands last
         seen[problem] = choice
     return choice
 
@@ -115,14 +119,14 @@ def first_launch(make: Callable[[], R]) -> R:
     """
     while True:
         met: dict[Problem, Choice[Any]] = {}
-        _recordings.append(met)
+        _first.met.append(met)
         try:
             return make()
         except Exception as error:
             if not _strike(met, error):
                 raise
         finally:
-            _forget(met)
+            _first.met.pop()
 
 
 def _strike(met: dict[Problem, Choice[Any]], error: Exception) -> bool:
@@ -151,21 +155,30 @@ def _of_compiler(error: Exception) -> bool:
     return isinstance(error, TritonError) or "PassManager::run failed" in str(error)
 
 
-_recordings: list[dict[Problem, Choice[Any]]] = []
+class _First(threading.local):
+    """What a thread's first launches meet, one within the other."""
+
+    def __init__(self) -> None:
+        self.met: list[dict[Problem, Choice[Any]]] = []
+
+
+_first = _First()
+
+# Of all threads, since autograd has its own for backward; replaced as a whole, for those that look.
+_recordings: tuple[dict[Problem, Choice[Any]], ...] = ()
+_changing = threading.Lock()
 
 
 @contextmanager
 def recording() -> Iterator[dict[Problem, Choice[Any]]]:
     """Inside, every problem that is met, with its choice. Launches that were remembered ask anew."""
+    global _recordings
     seen: dict[Problem, Choice[Any]] = {}
-    _recordings.append(seen)
+    with _changing:
+        _recordings = (*_recordings, seen)
     CONFIGS_CHANGED.happened()
     try:
         yield seen
     finally:
-        _forget(seen)
-
-
-def _forget(seen: dict[Problem, Choice[Any]]) -> None:
-    """A recording; others may be equal."""
-    del _recordings[next(index for index, each in enumerate(_recordings) if each is seen)]
+        with _changing:
+            _recordings = tuple(each for each in _recordings if each is not seen)  # others may be equal
