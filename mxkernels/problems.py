@@ -85,7 +85,7 @@ def _native(sides: list[Operand], m: int, n: int, k: int, capabilities: Capabili
 
 
 def _fold_problems(spec: MXSpec, rows: int, cols: int, dtype: torch.dtype, capabilities: Capabilities) -> list[Problem]:
-    """Of codes, and of a plain matrix from one read, where a program can have whole rows."""
+    """Of codes, and of a plain matrix where one kernel quantises and folds it."""
     found = [Problem.of("fold", spec, _carrier(spec, capabilities), "straight", rows, cols)]
     if quantize_fold_config(spec, cols) is not None:
         found.append(Problem.of("quantize_fold", spec, dtype, "rows", rows, cols))

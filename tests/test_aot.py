@@ -4,11 +4,6 @@ has the instructions that it is there for, and grows no longer unnoticed."""
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,35 +13,20 @@ pytest.importorskip("triton", reason="kernels need Triton")
 import torch
 import triton
 from ahead_of_time import CASES, RECORD, RECORDED_ON, Case
+from tritons import FETCHED, compiled
 
 from mxkernels import gpu
 from mxkernels.spec import MXSpec
 
-ROOT = Path(__file__).parents[1]
 REGENERATE = "python tests/ahead_of_time.py --record"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx950")
 GROWTH = 1.1
 
-# Besides the installed Triton: those that `make test` fetches, the oldest supported and the newest.
-FETCHED = re.search(r"^TRITONS := (.+)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)[1].split()
-
 
 def compile_all(architecture: str, version: str, *options: str) -> dict[str, dict[str, Any]]:
     """The outcome of every case, in a process with that Triton (`"installed"`: the one that is)."""
-    path = [str(ROOT)]
-    if version != "installed":
-        folder = ROOT / ".triton" / version
-        if not (folder / "triton").is_dir():
-            pytest.skip(f"Triton {version} is not in .triton/{version}; `make test` fetches it")
-        path.insert(0, str(folder))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "ahead_of_time.py"), architecture, *options],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = {outcome["case"]: outcome for outcome in map(json.loads, done.stdout.splitlines())}
+    lines = compiled(version, "ahead_of_time.py", architecture, *options).splitlines()
+    found = {outcome["case"]: outcome for outcome in map(json.loads, lines)}
     assert found.keys() == {case.name for case in CASES}
     if version != "installed":
         assert {outcome["triton"] for outcome in found.values()} == {version}

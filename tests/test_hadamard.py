@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ from ahead_of_time_hadamard import ARCHITECTURES, CASES
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
+from tritons import FETCHED, compiled
 
 import mxkernels as mx
 from mxkernels import reference
@@ -25,7 +22,6 @@ from mxkernels.ops.transform import random_signs
 from mxkernels.recipes import HADAMARD_SIZES, Product, Recipe
 
 ROOT = Path(__file__).parents[1]
-FETCHED = re.search(r"^TRITONS := (.+)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)[1].split()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OP = torch.ops.mxkernels.hadamard.default
 
@@ -259,17 +255,7 @@ def test_recorded_transforms(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiles(version: str) -> None:
     """For every case and architecture: it compiles, and spills nothing."""
     pytest.importorskip("triton", reason="kernels need Triton")
-    folder = ROOT / ".triton" / version
-    if not (folder / "triton").is_dir():
-        pytest.skip(f"Triton {version} is not in .triton/{version}; `make test` fetches it")
-    path = [str(folder), str(ROOT)]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "ahead_of_time_hadamard.py")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = compiled(version, "ahead_of_time_hadamard.py").splitlines()
+    found: list[dict[str, Any]] = [json.loads(line) for line in lines]
     assert len(found) == len(CASES) * len(ARCHITECTURES)
     assert not [each for each in found if each["spilled_bytes"]]

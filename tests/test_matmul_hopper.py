@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,6 +10,7 @@ pytest.importorskip("triton", reason="kernels need Triton")
 
 import torch
 from ahead_of_time_hopper import BF16, CASES, E4M3, E5M2, FP16, FP32, Case
+from tritons import FETCHED, compiled
 
 from mxkernels import gpu
 from mxkernels.ops.matmul_hopper_kernel import hopper_matmul_launch, hopper_serves
@@ -22,12 +18,8 @@ from mxkernels.ops.matmul_kernel import addend_shape
 from mxkernels.ops.plan import Plan
 from mxkernels.tune import HopperConfig, hopper_config, hopper_tile_config
 
-ROOT = Path(__file__).parents[1]
 CUDA = torch.device("cuda")
 SHARED_BYTES = 232448  # what a program may have, by NVIDIA's table
-
-# Besides the installed Triton: those that `make test` fetches, the oldest supported and the newest.
-FETCHED = re.search(r"^TRITONS := (.+)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)[1].split()
 
 
 # --- compiled ahead of time --------------------------------------------------------------------------------
@@ -35,20 +27,8 @@ FETCHED = re.search(r"^TRITONS := (.+)$", (ROOT / "Makefile").read_text("utf-8")
 
 @pytest.mark.parametrize("version", ["installed", *FETCHED])
 def test_it_compiles_to_what_it_is_for(version: str) -> None:
-    path = [str(ROOT)]
-    if version != "installed":
-        folder = ROOT / ".triton" / version
-        if not (folder / "triton").is_dir():
-            pytest.skip(f"Triton {version} is not in .triton/{version}; `make test` fetches it")
-        path.insert(0, str(folder))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "ahead_of_time_hopper.py")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = {outcome["case"]: outcome for outcome in map(json.loads, done.stdout.splitlines())}
+    lines = compiled(version, "ahead_of_time_hopper.py").splitlines()
+    found = {outcome["case"]: outcome for outcome in map(json.loads, lines)}
     assert found.keys() == {case.name for case in CASES}
     for case in CASES:
         outcome = found[case.name]

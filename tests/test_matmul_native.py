@@ -4,10 +4,7 @@ interpreted (by Triton 3.9, whose interpreter is the first to know `dot_scaled`)
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from ahead_of_time_native import CASES, SHARED_BYTES, Case
 from poisoned import POISON, assert_guards_hold, poisoned
 from triton.runtime.interpreter import InterpreterBuilder
 from triton.tools.tensor_descriptor import TensorDescriptor
+from tritons import FETCHED, compiled, run_with
 
 from mxkernels import reference
 from mxkernels.folded import folded_spec, window
@@ -43,8 +41,7 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 FP32 = torch.float32
 
-# Besides the installed Triton: those that `make test` fetches, the oldest supported and the newest.
-OLDEST, NEWEST = re.search(r"^TRITONS := (.+)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)[1].split()
+OLDEST, NEWEST = FETCHED
 
 needs_dot_scaled = pytest.mark.skipif(
     not hasattr(InterpreterBuilder, "create_dot_scaled"),
@@ -256,8 +253,7 @@ def test_interpreted_by_the_newest_triton() -> None:
     """The tests above, in a process with a Triton whose interpreter has `dot_scaled`."""
     if hasattr(InterpreterBuilder, "create_dot_scaled"):
         pytest.skip("the installed Triton has run them")
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "TestInterpreted", str(Path(__file__))]
-    done = run_with(NEWEST, command)
+    done = run_with(NEWEST, "-m", "pytest", "-q", "-k", "TestInterpreted", str(Path(__file__)))
     assert done.returncode == 0, done.stdout[-3000:]
     assert "skipped" not in done.stdout
 
@@ -281,22 +277,9 @@ def test_spread_scales() -> None:
 # --- ahead of time -----------------------------------------------------------------------------------------
 
 
-def run_with(version: str, command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process with that Triton (`"installed"`: the one that is)."""
-    path = [str(ROOT)]
-    if version != "installed":
-        folder = ROOT / ".triton" / version
-        if not (folder / "triton").is_dir():
-            pytest.skip(f"Triton {version} is not in .triton/{version}; `make test` fetches it")
-        path.insert(0, str(folder))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
 def compile_all(architecture: str, version: str) -> dict[str, dict[str, Any]]:
-    done = run_with(version, [sys.executable, str(ROOT / "tests" / "ahead_of_time_native.py"), architecture])
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {outcome["case"]: outcome for outcome in map(json.loads, done.stdout.splitlines())}
+    lines = compiled(version, "ahead_of_time_native.py", architecture).splitlines()
+    return {outcome["case"]: outcome for outcome in map(json.loads, lines)}
 
 
 def emulated(case: Case, architecture: str) -> bool:

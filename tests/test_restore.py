@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton", reason="kernels need Triton")
 
 import torch
 from poisoned import assert_guards_hold, poisoned
+from tritons import run_with
 
 import mxkernels as mx
 from mxkernels.ops.restore_kernel import restore_launch
@@ -85,15 +81,6 @@ print(triton.__version__)
 
 @pytest.mark.parametrize("version", ["installed", "3.6.0"])
 def test_compiles_ahead_of_time(version: str) -> None:
-    root = Path(__file__).parents[1]
-    path = [str(root)]
-    if version != "installed":
-        folder = root / ".triton" / version
-        if not (folder / "triton").is_dir():
-            pytest.skip(f"Triton {version} is not in .triton/{version}; `make test` fetches it")
-        path.insert(0, str(folder))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    done = run_with(version, "-c", COMPILE)
     assert done.returncode == 0, done.stderr[-3000:]
     assert version in ("installed", done.stdout.strip())

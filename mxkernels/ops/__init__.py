@@ -120,8 +120,8 @@ def fold(
     Args:
         x: a symmetric MXTensor of 4 or 6 bit elements, any block, in either orientation. It is folded along
             its last dimension, which must be the product's reduction: `matmul(fold(a), fold(b.T).T)`. Or a
-            plain tensor, which `quantize` would take: it is quantised first, from the same read where its
-            rows are contiguous and not too long.
+            plain tensor, which `quantize` would take: it is quantised first, by the same kernel where its
+            rows are contiguous and elements have 4 bits.
         spec: what a plain tensor is quantised to.
         seed: as `quantize` takes it.
 

@@ -191,7 +191,7 @@ def quantize_fold_kernel(
     tile_row = tl.program_id(0).to(tl.int64)
     row0 = tile_row * ROWS
     corner = x_ptr + row0 * row_stride
-    tiles = 1 if ONE_TILE else ceil_div(cols, COLS)
+    tiles = ceil_div(cols, COLS)
     largest = tl.zeros([ROWS // BLOCK.rows, 1], tl.int32)
     if ONE_TILE:
         x = load_columns(corner, rows - row0, cols, row_stride, col_stride, ROWS, COLS, 0, 1, LAYOUT)

@@ -177,8 +177,8 @@ def plan_bf16(plan: Plan, operand: Operand, k: int, lost: torch.Tensor | None) -
 
 
 def plan_quantize_fold(plan: Plan, x: torch.Tensor, spec: MXSpec, seed: torch.Tensor | None) -> list[torch.Tensor]:
-    """Quantise a matrix and fold it along its rows: from one read where a program can have whole rows. Codes,
-    scale, reference, outside and rows, as `make_folded` makes them."""
+    """Quantise a matrix and fold it along its rows: by one kernel if these are contiguous and elements have 4 bits.
+    Codes, scale, reference, outside and rows, as `make_folded` makes them."""
     from .fold_kernel import quantize_fold_launch
     from .quantize_kernel import quantize_launch
 

@@ -139,7 +139,7 @@ class QuantizeFold(Cast):
     def rule(problem: Problem, limits: Limits) -> Config:
         config = quantize_fold_config(MXSpec.parse(problem.formats), problem.shape[1])
         if config is None:
-            raise ValueError(f"{problem}: its rows are too long to be quantised and folded from one read")
+            raise ValueError(f"{problem}: only elements of 4 bits are quantised and folded by one kernel")
         return config
 
     def prepare(self) -> None:
