@@ -222,7 +222,7 @@ def make_compiler(limits: Limits) -> Handler:
         launches = workload(problem, META, limits).launches(config)
         compiled, *_ = [compile_launch(launch, limits.architecture) for launch in launches]
         counted = problem.op in COUNTED and "ptx" in compiled.texts
-        instructions = len(compiled.sass) if counted else 0
+        instructions = compiled.instructions if counted else 0
         return Footprint(compiled.spilled_bytes, compiled.registers, compiled.shared_bytes, instructions)
 
     return compile_config

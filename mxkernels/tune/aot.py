@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -55,18 +56,34 @@ class Compiled:
         return lines
 
     @cached_property
+    def instructions(self) -> int:
+        """How many machine instructions, of 16 bytes each, the code has, with those that pad it; NVIDIA only. To list
+        them takes as long as compiling."""
+        binary: bytes = self.texts["cubin"]
+        (table,) = struct.unpack_from("<Q", binary, 0x28)  # of an ELF file's sections
+        size, count, names = struct.unpack_from("<HHH", binary, 0x3A)
+        # name, type, flags, address, offset, size
+        sections = [struct.unpack_from("<IIQQQQ", binary, table + number * size) for number in range(count)]
+        start = sections[names][4]
+        return sum(each[5] for each in sections if binary.startswith(b".text.", start + each[0])) // 16
+
+    @cached_property
     def spilled_bytes(self) -> int:
         """Bytes of local memory a thread: what the registers did not hold."""
         if "ptx" not in self.texts:
             return int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", self.assembly)[1])  # type: ignore[index]
-        return int(re.search(r"STACK:(\d+)", self._tool("cuobjdump", "-res-usage"))[1])  # type: ignore[index]
+        return int(re.search(r"STACK:(\d+)", self._usage)[1])  # type: ignore[index]
 
     @cached_property
     def registers(self) -> int:
         """Registers a thread."""
         if "ptx" not in self.texts:
             return int(re.search(r"\.vgpr_count:\s*(\d+)", self.assembly)[1])  # type: ignore[index]
-        return int(re.search(r"REG:(\d+)", self._tool("cuobjdump", "-res-usage"))[1])  # type: ignore[index]
+        return int(re.search(r"REG:(\d+)", self._usage)[1])  # type: ignore[index]
+
+    @cached_property
+    def _usage(self) -> str:
+        return self._tool("cuobjdump", "-res-usage")
 
     def _tool(self, name: str, *flags: str) -> str:
         tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
