@@ -45,10 +45,7 @@ MEASUREMENTS = {
     "serving": "bench/training.py",
     "step": "bench/training.py",
     "training": "bench/training.py",
-    "tuning-casts": "bench/tuning.py",
-    "tuning-folds": "bench/tuning.py",
-    "tuning-products": "bench/tuning.py",
-    "tuning-decoding": "bench/tuning.py",
+    "tuning": "bench/tuning.py",
 }
 
 # By name, the arguments of `mxkernels tune` that make a part of the table that is shipped for a GPU: the configs of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -30,9 +31,16 @@ def record(
     write(measure(arguments.group, device), arguments.group, arguments.results, device)
 
 
+def place(group: str, results: Path, device: torch.device) -> Path:
+    """RESULTS/<gpu>-<GROUP>.json."""
+    return results / f"{device_name(device).lower().replace(' ', '-')}-{group}.json"
+
+
 def write(rows: list[dict[str, Any]], group: str, results: Path, device: torch.device) -> None:
-    """Write a group's rows, headed by the environment, to RESULTS/<gpu>-<GROUP>.json."""
-    results.mkdir(parents=True, exist_ok=True)
-    path = results / f"{device_name(device).lower().replace(' ', '-')}-{group}.json"
-    path.write_text(report.render("json", environment(device), rows), encoding="utf-8")
+    """Write a group's rows, headed by the environment, to its place: as a whole, whenever it is ended."""
+    path = place(group, results, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(report.render("json", environment(device), rows), encoding="utf-8")
+    os.replace(temporary, path)
     print(f"wrote {path}")

@@ -1,193 +1,319 @@
 """The recorded measurements of the tuner: how near its search, the shipped table and the rule come to the best config.
 
-    python bench/tuning.py GROUP --results DIR      adds a group's problems to DIR/<gpu>-tuning.json
+    python bench/tuning.py tuning --results DIR      writes DIR/<gpu>-tuning.json, a row as soon as it is known
 
-For each problem every candidate that compiles is run, compared and timed for as long as the benchmark's quick look
-(`EACH_S`): the exhaustive search. The tuner's own search runs before it, each from empty caches. The picks of both,
-what the shipped table has and what the rule says are then timed against each other, in rounds.
+For each problem the tuner's own search is run, and after it the exhaustive one: every candidate that compiles is
+compared as by the tuner, and timed for as long as `triton.testing.do_bench` takes (`EACH_S`). The fastest few of that,
+the tuner's pick, what the shipped table has and what the rule says are then timed against each other, in rounds.
 
-A group has 256 to 428 candidates, reckoned at 1.5 s of a core to compile, 0.15 s to compare and `EACH_S` to time: with
-16 cores some four minutes for the largest group, `tuning-casts`, and two and a half for the smallest.
+All candidates of all problems are compiled once, in processes side by side, while the GPU works on what is compiled
+already. A search's seconds are those of a core that its own candidates took to compile, divided by the processes, and
+those that its own process on the GPU took; each search has one, and waits for the compilers are in neither.
+
+It goes on where it was ended: a problem that has a row of the same sources and shipped config is left out. Reckoned at
+0.03 to 0.1 s of the GPU to compare a candidate, `EACH_S` to time it and 6 s a problem besides, 1500 candidates take
+five to six minutes, in which 14 processes compile them all.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
-from recording import write
+from recording import place, write
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mxkernels.environment import device_name
+from mxkernels.environment import digest
 from mxkernels.tune import Choice, Config, Problem
-from mxkernels.tune.contest import Contest
+from mxkernels.tune.contest import Contest, NoOperands
 from mxkernels.tune.limits import Footprint, Limits
-from mxkernels.tune.search import Progress, compile_all, search
-from mxkernels.tune.task import Result, Task
+from mxkernels.tune.location import VARIABLE
+from mxkernels.tune.search import COMPILE_S, COMPILING, Breadth, Progress, fastest, shortlist
+from mxkernels.tune.task import Fault, Result, Task
 from mxkernels.tune.worker import Failure, Handler, Worker
 from mxkernels.tuner import make_compiler, make_runner, task
 
+ROOT = Path(__file__).resolve().parents[1]
 EACH_S = 0.1  # that the exhaustive search times each candidate, in `ROUNDS` rounds
 ROUNDS = 3
+FLUSH_US = 150.0  # that emptying the L2 cache takes before each call, about
 BUDGET_S = 60.0  # the tuner's, a problem
-FINAL_ROUNDS, FINAL_SAMPLES = 12, 16  # of the picks against each other
-CHECKING_S = 3600.0  # nothing is cut off
+FINALISTS = 4  # of the exhaustive search, since the one with the least median is the luckiest too
+FINAL_ROUNDS, FINAL_SAMPLES = 12, 16
+FREE_CORES = 2  # for this process and the one that times
 
 E2M1 = "e2m1 1x32 rtne even symmetric"
 LARGE = (16384, 16384)
 
 
-def _multiply(a: str, b: str, *shape: int, turned: str = "straight * straight") -> Problem:
-    return Problem("multiply", f"{a} * {b}", "bfloat16", turned, shape)
+def _multiply(a: str, b: str, *shape: int) -> Problem:
+    return Problem("multiply", f"{a} * {b}", "bfloat16", "straight * straight", shape)
 
 
-GROUPS: dict[str, tuple[Problem, ...]] = {
-    "tuning-casts": (
-        Problem("quantize", E2M1, "bfloat16", "rows", LARGE),
-        Problem("quantize_pair", E2M1, "bfloat16", "rows", LARGE),
-        Problem("dequantize", "e3m2 1x32 rtne even symmetric", "bfloat16", "rows", LARGE),
-    ),
-    "tuning-folds": (
-        Problem("fold", E2M1, "float8_e5m2", "straight", (8192, 8192)),
-        Problem("fold", "e2m1 4x4 rtne even symmetric", "float8_e5m2", "turned", (8192, 8192)),
-        Problem("quantize_fold", E2M1, "bfloat16", "rows", (8192, 4096)),
-    ),
-    "tuning-products": (
-        _multiply("float8_e5m2", "float8_e5m2", 8192, 8192, 8192),
-        _multiply("float8_e5m2", "float8_e5m2", 256, 8192, 8192),
-        _multiply("bfloat16", "bfloat16", 4096, 14336, 4096),
-    ),
-    "tuning-decoding": (
-        Problem("stream", E2M1, "bfloat16", "prepared", (16, 8192, 8192)),
-        Problem("decode_multiply", f"plain * packed straight {E2M1}", "bfloat16", "parts", (128, 4096, 4096)),
-        Problem("quantize", "e2m1 1x32 stochastic even symmetric", "bfloat16", "rows", (4096, 4096)),
-    ),
-}
+PROBLEMS = (
+    Problem("quantize", E2M1, "bfloat16", "rows", LARGE),
+    Problem("quantize_pair", E2M1, "bfloat16", "rows", LARGE),
+    Problem("dequantize", "e3m2 1x32 rtne even symmetric", "bfloat16", "rows", LARGE),
+    Problem("fold", E2M1, "float8_e5m2", "straight", (8192, 8192)),
+    Problem("fold", "e2m1 4x4 rtne even symmetric", "float8_e5m2", "turned", (8192, 8192)),
+    Problem("quantize_fold", E2M1, "bfloat16", "rows", (8192, 4096)),
+    _multiply("float8_e5m2", "float8_e5m2", 8192, 8192, 8192),
+    _multiply("float8_e5m2", "float8_e5m2", 256, 8192, 8192),
+    _multiply("bfloat16", "bfloat16", 4096, 14336, 4096),
+    Problem("stream", E2M1, "bfloat16", "prepared", (16, 8192, 8192)),
+    Problem("decode_multiply", f"plain * packed straight {E2M1}", "bfloat16", "parts", (128, 4096, 4096)),
+    Problem("quantize", "e2m1 1x32 stochastic even symmetric", "bfloat16", "rows", (4096, 4096)),
+)
 
 Make = Callable[[], Handler]
+Row = dict[str, Any]
 
 
-def rows(
-    tasks: Sequence[Task],
-    shipped: Sequence[Choice[Any]],
-    limits: Limits,
-    compiler: Make,
-    runner: Make,
-    jobs: int,
-    progress: Progress = lambda stage, done, total, text: None,
-) -> list[dict[str, Any]]:
-    """A row for each problem. `shipped`: what a user has without tuning. Seconds are those of a problem on average, of
-    all that are searched together."""
-    with empty_cache():
+@dataclass(frozen=True)
+class Setup:
+    """What is searched with; as `search` takes it."""
+
+    limits: Limits
+    compiler: Make
+    runner: Make
+    jobs: int
+    progress: Progress = lambda stage, done, total, text: None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the compiler says of a candidate, after so many seconds."""
+
+    said: Footprint | Failure
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem; what a user has for it without tuning; what the tuner's search compiles of it; and what will become
+    of all its candidates."""
+
+    task: Task
+    shipped: Choice[Any]
+    chosen: Sequence[Config]
+    outcomes: Mapping[Config, Future[Outcome]]
+
+    def said(self, configs: Iterable[Config]) -> dict[Config, Footprint | Failure]:
+        return {config: self.outcomes[config].result().said for config in configs}
+
+    def compile_seconds(self, configs: Iterable[Config]) -> float:
+        """Of a core."""
+        return sum(self.outcomes[config].result().seconds for config in configs)
+
+
+def rows(tasks: Sequence[Task], shipped: Sequence[Choice[Any]], setup: Setup) -> Iterator[Row]:
+    """A row for each problem, as soon as it is known."""
+    chosen = [shortlist(each, setup.limits, Breadth().compiled) for each in tasks]
+    requests = [
+        (each.problem, config)
+        for each, first in zip(tasks, chosen, strict=True)
+        for config in dict.fromkeys((*first, *each.candidates))
+    ]
+    with (
+        compiling(requests, setup) as compiled,
+        Worker(setup.runner) as pruning,
+        Worker(setup.runner) as exhausting,
+    ):
         start = time.monotonic()
-        results = search(tasks, limits, compiler, runner, budget_s=BUDGET_S, jobs=jobs, progress=progress)
-        pruned_s = (time.monotonic() - start) / len(tasks)
-    with empty_cache(), Worker(runner) as worker:
-        start = time.monotonic()
-        found = [
-            exhaustive(each, compiled, worker, progress)
-            for each, compiled in zip(tasks, compile_everything(tasks, compiler, jobs, progress), strict=True)
-        ]
-        exhaustive_s = (time.monotonic() - start) / len(tasks)
-        return [
-            row(each, result, choice, best, worker, exhaustive_s, pruned_s)
-            for each, result, choice, best in zip(tasks, results, shipped, found, strict=True)
-        ]
+        for worker in (pruning, exhausting):
+            worker.start()
+        for worker in (pruning, exhausting):
+            worker.wait()
+        start_s = time.monotonic() - start
+        for each, choice, first in zip(tasks, shipped, chosen, strict=True):
+            outcomes = {config: compiled[each.problem, config] for config in each.candidates}
+            case = Case(each, choice, first, outcomes)
+            found = pruned(case, setup, pruning)
+            yield {
+                **row(case, found, exhaustive(case, found.config, setup, exhausting), setup.jobs),
+                "start_s": start_s,
+            }
 
 
 @contextmanager
-def empty_cache() -> Iterator[None]:
-    """Inside, processes compile into a directory of their own."""
-    before = os.environ.get("TRITON_CACHE_DIR")
-    with tempfile.TemporaryDirectory() as directory:
-        os.environ["TRITON_CACHE_DIR"] = directory
+def compiling(
+    requests: Iterable[tuple[Problem, Config]], setup: Setup
+) -> Iterator[Mapping[tuple[Problem, Config], Future[Outcome]]]:
+    """Inside, processes compile, in this order. What is not compiled at the end is left out."""
+    idle: SimpleQueue[Worker] = SimpleQueue()
+
+    def ask(request: tuple[Problem, Config]) -> Outcome:
+        worker = idle.get()
+        start = time.monotonic()
         try:
-            yield
+            worker.wait()
+            start = time.monotonic()
+            return Outcome(worker.ask(*request, seconds=COMPILE_S), time.monotonic() - start)
+        except Failure as failure:
+            return Outcome(failure, time.monotonic() - start)
         finally:
-            del os.environ["TRITON_CACHE_DIR"]
-            if before is not None:
-                os.environ["TRITON_CACHE_DIR"] = before
+            idle.put(worker)
+
+    with ExitStack() as stack:
+        for _ in range(setup.jobs):
+            idle.put(stack.enter_context(Worker(setup.compiler, COMPILING)))
+        threads = ThreadPoolExecutor(setup.jobs)
+        stack.callback(threads.shutdown, cancel_futures=True)
+        yield {request: threads.submit(ask, request) for request in requests}
 
 
-def compile_everything(
-    tasks: Sequence[Task], compiler: Make, jobs: int, progress: Progress
-) -> list[dict[Config, Footprint | Failure]]:
-    """What the compiler says of all candidates of each problem."""
-    requests = [(each.problem, config) for each in tasks for config in each.candidates]
-    outcomes = compile_all(requests, compiler, jobs, CHECKING_S, progress)
-    return [{config: outcomes[each.problem, config] for config in each.candidates} for each in tasks]
+def pruned(case: Case, setup: Setup, worker: Worker) -> Result:
+    """What the tuner finds."""
+    setup.progress("search", 0, 1, str(case.task.problem))
+    return fastest(case.task, case.said(case.chosen), setup.limits, Breadth().run, worker, BUDGET_S / 2)
 
 
-def exhaustive(
-    each: Task, compiled: dict[Config, Footprint | Failure], worker: Worker, progress: Progress
-) -> tuple[Config, int]:
-    """The fastest of all candidates that compile, and how many these are. Each is compared and timed, in rounds."""
-    configs = [config for config, outcome in compiled.items() if isinstance(outcome, Footprint)]
-    contest = Contest(each.problem, worker, [])
-    for number, config in enumerate(configs):
-        progress("compare", number, len(configs), str(each.problem))
-        contest.admit([config], time.monotonic() + CHECKING_S)
+@dataclass(frozen=True)
+class Exhausted:
+    """How many candidates were timed, in how many seconds, comparing included; and the median microseconds of the
+    fastest and of what is compared with them, timed anew. None of these, if the problem could not be set up."""
+
+    run: int
+    seconds: float | None
+    medians: dict[Config, float]
+    faults: Sequence[Fault]
+
+
+def exhaustive(case: Case, found: Config, setup: Setup, worker: Worker) -> Exhausted:
+    """The exhaustive search, and its fastest against what was `found`, shipped, and the rule's."""
+    contest = Contest(case.task.problem, worker, [])
+    try:
+        seconds = run_all(case, contest, setup.progress)
+        ranked = [rival.config for rival in sorted(contest.rivals, key=lambda rival: rival.median_us)]
+        setup.progress("final", 0, 1, str(case.task.problem))
+        picks = (*ranked[:FINALISTS], found, case.shipped.config, case.task.candidates[0])
+        return Exhausted(len(ranked), seconds, head_to_head(contest, dict.fromkeys(picks)), contest.faults)
+    except NoOperands as error:
+        return Exhausted(0, None, {}, [*contest.faults, Fault(None, str(error))])
+
+
+def run_all(case: Case, contest: Contest, progress: Progress) -> float:
+    """Compare every candidate that compiles, and time it in rounds. The seconds that it takes."""
+    seconds, candidates, text = 0.0, case.task.candidates, str(case.task.problem)
+    for number, config in enumerate(candidates):
+        progress("compare", number, len(candidates), text)
+        said = case.outcomes[config].result().said
+        if isinstance(said, Failure):
+            contest.faults.append(Fault(config, str(said)))
+            continue
+        start = time.monotonic()
+        contest.admit([config], math.inf)
+        seconds += time.monotonic() - start
+    start = time.monotonic()
     for rival in list(contest.rivals):
-        contest.time(rival, 2)
-    total = ROUNDS * len(contest.rivals)
+        contest.time(rival, 2)  # to know how many samples fill the time
     for number in range(ROUNDS):
-        for place, rival in enumerate(list(contest.rivals)):
-            progress("time", number * len(contest.rivals) + place, total, str(each.problem))
+        progress("time", number, ROUNDS, text)
+        for rival in list(contest.rivals):
             contest.time(rival, max(int(EACH_S / ROUNDS * 1e6 / (rival.median_us + FLUSH_US)), 1))
-    return min(contest.rivals, key=lambda rival: rival.median_us).config, len(configs)
+    return seconds + time.monotonic() - start
 
 
-FLUSH_US = 150.0  # that emptying the L2 cache takes before each call, about
+def head_to_head(contest: Contest, configs: Iterable[Config]) -> dict[Config, float]:
+    """Median microseconds, of samples taken in turns."""
+    contest.rivals.clear()
+    contest.admit(list(configs), math.inf)
+    for number in range(FINAL_ROUNDS):
+        at = number % max(len(contest.rivals), 1)
+        for rival in [*contest.rivals[at:], *contest.rivals[:at]]:
+            contest.time(rival, FINAL_SAMPLES)
+    return {rival.config: rival.median_us for rival in contest.rivals}
 
 
-def row(
-    each: Task, result: Result, shipped: Choice[Any], best: tuple[Config, int], worker: Worker,
-    exhaustive_s: float, pruned_s: float,
-) -> dict[str, Any]:  # fmt: skip
-    """The picks against each other, timed now, and what it took to find them."""
-    picks = {"best": best[0], "pruned": result.config, "shipped": shipped.config, "rule": each.candidates[0]}
-    medians = head_to_head(each.problem, list(dict.fromkeys(picks.values())), worker)
+def row(case: Case, found: Result, all_run: Exhausted, jobs: int) -> Row:
+    """The picks, how long they take, and what it took to find them."""
+    candidates, medians = case.task.candidates, all_run.medians
+    picks = {"pruned": found.config, "shipped": case.shipped.config, "rule": candidates[0]}
+    if medians:
+        picks = {"best": min(medians, key=lambda config: medians[config]), **picks}
     times = {name: medians.get(config) for name, config in picks.items()}
-    fastest = min(us for us in medians.values())
+    pruned_compile_s, all_compile_s = case.compile_seconds(case.chosen), case.compile_seconds(candidates)
+    pruned_s = pruned_compile_s / jobs + found.seconds
+    all_s = None if all_run.seconds is None else all_compile_s / jobs + all_run.seconds
     return {
-        "problem": str(each.problem),
-        "key": each.problem.key,
-        "candidates": len(each.candidates),
-        "compile": best[1],
-        "run_by_the_pruned_search": result.run,
-        "exhaustive_seconds": exhaustive_s,
-        "pruned_seconds": pruned_s,
-        "share_of_exhaustive_seconds": pruned_s / exhaustive_s,
-        "shipped_origin": shipped.origin,
+        "problem": str(case.task.problem),
+        "key": case.task.problem.key,
+        "candidates": len(candidates),
+        "run": all_run.run,
+        "pruned_compiled": len(case.chosen),
+        "pruned_run": found.run,
+        "shipped_origin": case.shipped.origin,
         **{f"{name}_config": str(config) for name, config in picks.items()},
         **{f"{name}_us": us for name, us in times.items()},
-        **{f"{name}_over_fastest": us and us / fastest for name, us in times.items()},
-        "limit_us": result.limit_us,
-        "faults": [str(fault) for fault in result.faults],
+        **{f"{name}_over_best": us and us / min(medians.values()) for name, us in times.items() if name != "best"},
+        "shipped_over_pruned": ratio(times["shipped"], times["pruned"]),
+        "jobs": jobs,
+        "pruned_core_s_to_compile": pruned_compile_s,
+        "pruned_s_to_run": found.seconds,
+        "pruned_s": pruned_s,
+        "exhaustive_core_s_to_compile": all_compile_s,
+        "exhaustive_s_to_run": all_run.seconds,
+        "exhaustive_s": all_s,
+        "share_of_exhaustive_s": ratio(pruned_s, all_s),
+        "limit_us": found.limit_us,
+        "faults": [str(fault) for fault in all_run.faults],
+        "pruned_faults": [str(fault) for fault in found.faults],
     }
 
 
-def head_to_head(problem: Problem, configs: Sequence[Config], worker: Worker) -> dict[Config, float]:
-    """Median microseconds, of samples taken in turns."""
-    contest = Contest(problem, worker, [])
-    contest.admit(configs, time.monotonic() + CHECKING_S)
-    for number in range(FINAL_ROUNDS):
-        at = number % len(contest.rivals)
-        for rival in [*contest.rivals[at:], *contest.rivals[:at]]:
-            contest.time(rival, FINAL_SAMPLES)
-    return {rival.config: statistics.median(rival.samples) for rival in contest.rivals}
+def ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
+
+
+# --- the record ----------------------------------------------------------------------------------------------
+
+
+def reached(recorded: Sequence[Row]) -> list[str]:
+    """A sentence for each of the figures that the tuner is to reach."""
+    shipped = [each for each in recorded if each["shipped_origin"] == "shipped"]
+
+    def count(name: str, most: float, its: Sequence[Row] = recorded) -> str:
+        values = [each.get(name) for each in its]
+        return f"{sum(value is not None and value <= most for value in values)} of {len(values)}"
+
+    return [
+        f"{count('pruned_over_best', 1.03)} picks of the tuner within 3 % of the best",
+        f"{count('share_of_exhaustive_s', 0.1)} in at most a tenth of the exhaustive search's time",
+        f"{count('pruned_s', 60)} in at most 60 s",
+        f"{count('shipped_over_pruned', 1.03, shipped)} shipped configs within 3 % of a fresh one",
+        f"{count('rule_over_best', 1.15)} of the rule's within 15 % of the best",
+    ]
+
+
+@contextmanager
+def empty_caches() -> Iterator[None]:
+    """Inside, this process and those that it starts have a cache of configs and one of kernels of their own."""
+    names = ("TRITON_CACHE_DIR", VARIABLE)
+    before = {name: os.environ.get(name) for name in names}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        os.environ.update({name: f"{directory}/{name}" for name in names})
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
 
 
 class Lines:
@@ -210,44 +336,50 @@ class Lines:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("group", choices=["tuning"])
     parser.add_argument("--results", type=Path, required=True, metavar="DIR")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("torch sees no GPU, and these are a GPU's measurements")
     device = torch.device("cuda", torch.cuda.current_device())
+    with empty_caches():
+        found = measure(arguments.results, device)
+    print("\n".join(reached(found)))
+
+
+def measure(results: Path, device: torch.device) -> list[Row]:
+    """Measure what has no row yet, and write each as soon as it is known. All rows."""
     limits = Limits.of(device)
-    known = [task(problem, limits, device) for problem in GROUPS[arguments.group]]
-    # the search is to find by itself what is shipped
-    tasks = [task(each.problem, limits) for each in known]
-    shipped = [each.before for each in known]
-    for searched in tasks:
-        print(f"{searched.problem}: {len(searched.candidates)} candidates", flush=True)
-    found = rows(
-        tasks,
-        shipped,
-        limits,
-        partial(make_compiler, limits),
-        partial(make_runner, device, limits),
-        os.cpu_count() or 1,
-        Lines(),
-    )
-    for each in found:
-        print(
-            f"{each['problem']}: pruned {each['pruned_over_fastest']:.3f}, shipped {each['shipped_over_fastest']:.3f}, "
-            f"rule {each['rule_over_fastest']:.3f} of the fastest; {each['pruned_seconds']:.1f} s a problem, "
-            f"{each['share_of_exhaustive_seconds']:.3f} of the exhaustive search's",
-            flush=True,
-        )
-    path = arguments.results / f"{device_name(device).lower().replace(' ', '-')}-tuning.json"
-    write(together(path, found), "tuning", arguments.results, device)
+    jobs = max((os.cpu_count() or 1) - FREE_CORES, 1)
+    setup = Setup(limits, partial(make_compiler, limits), partial(make_runner, device, limits), jobs, Lines())
+    shipped = {problem: task(problem, limits, device).before for problem in PROBLEMS}
+    sources = digest(ROOT / "mxkernels", ROOT / "bench")
+    found = rows_before(place("tuning", results, device), shipped, sources)
+    left = [problem for problem in PROBLEMS if problem.key not in {each["key"] for each in found}]
+    # of tasks that know nothing of the table: the search is to find by itself what is shipped
+    for each in rows([task(problem, limits) for problem in left], [shipped[problem] for problem in left], setup):
+        print(line(each), flush=True)
+        found.append({**each, "sources": sources})
+        write(found, "tuning", results, device)
+    return found
 
 
-def together(path: Path, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The recorded rows of other problems, and those that were found."""
-    before = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
-    new = {each["key"] for each in found}
-    return [*(each for each in before if each["key"] not in new), *found]
+def rows_before(path: Path, shipped: Mapping[Problem, Choice[Any]], sources: str) -> list[Row]:
+    """Those of an earlier run that hold still."""
+    if not path.exists():
+        return []
+    configs = {problem.key: str(choice.config) for problem, choice in shipped.items()}
+    return [
+        each
+        for each in json.loads(path.read_text("utf-8"))["rows"]
+        if each["sources"] == sources and each["shipped_config"] == configs.get(each["key"])
+    ]
+
+
+def line(each: Row) -> str:
+    names = ("pruned_over_best", "shipped_over_best", "rule_over_best", "pruned_s", "share_of_exhaustive_s")
+    values = (f"{name} {'–' if each.get(name) is None else format(each[name], '.3f')}" for name in names)
+    return f"{each['problem']}: {', '.join(values)}"
 
 
 if __name__ == "__main__":

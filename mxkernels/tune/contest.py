@@ -42,7 +42,7 @@ class Rival:
         return statistics.median(self.samples)
 
 
-class _NoOperands(Exception):
+class NoOperands(Exception):
     """The problem could not be set up."""
 
 
@@ -67,7 +67,7 @@ def measure(
         best = contest.duel(config)
         if best is not None:
             config, before_us, after_us = best
-    except _NoOperands as error:
+    except NoOperands as error:
         contest.faults.append(Fault(None, str(error)))
     return Result(
         task.problem,
@@ -176,7 +176,7 @@ class Contest:
             try:
                 self.limit_us = self.worker.ask("open", self.problem, seconds=SETUP_S)
             except Failure as failure:
-                raise _NoOperands(str(failure)) from None
+                raise NoOperands(str(failure)) from None
             self._opened = self.worker.generation
         return self.worker.ask(request, self.problem, config, *more, seconds=RUN_S)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ from .worker import Failure, Handler, Worker
 
 _ALIKE = 0.05  # the model knows no smaller difference
 COMPILE_S = 120.0  # after which a compilation hangs
+# Of processes that compile. There are many, and the interpreter, if this process has it on, compiles nothing.
+COMPILING: dict[str, str | None] = {"TRITON_INTERPRET": None, "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,26 @@ def search(
         for done, (task, configs) in enumerate(zip(tasks, chosen, strict=True)):
             progress("measure", done, len(tasks), str(task.problem))
             outcomes = {config: compiled.get((task.problem, config)) for config in configs}
-            configs, faults = survivors(task, outcomes, limits, breadth.run)
             seconds = (end - time.monotonic()) / (len(tasks) - done)
-            counts = (len(task.candidates), sum(each is not None for each in outcomes.values()))
-            results.append(measure(task, configs, worker, seconds, counts, faults))
+            results.append(fastest(task, outcomes, limits, breadth.run, worker, seconds))
             found(results[-1])
     progress("measure", len(tasks), len(tasks), "")
     return results
+
+
+def fastest(
+    task: Task,
+    outcomes: Mapping[Config, Footprint | Failure | None],
+    limits: Limits,
+    most: int | None,
+    worker: Worker,
+    seconds: float,
+) -> Result:
+    """Of the candidates that were to be compiled, of which `outcomes` has what became of them (None: there was no
+    time), the fastest: at most so many of them are run, for about so many seconds."""
+    configs, faults = survivors(task, outcomes, limits, most)
+    counts = (len(task.candidates), sum(each is not None for each in outcomes.values()))
+    return measure(task, configs, worker, seconds, counts, faults)
 
 
 def shortlist(task: Task, limits: Limits, most: int | None) -> list[Config]:
@@ -89,7 +104,7 @@ def shortlist(task: Task, limits: Limits, most: int | None) -> list[Config]:
 
 
 def survivors(
-    task: Task, outcomes: dict[Config, Footprint | Failure | None], limits: Limits, most: int | None
+    task: Task, outcomes: Mapping[Config, Footprint | Failure | None], limits: Limits, most: int | None
 ) -> tuple[list[Config], tuple[Fault, ...]]:
     """The candidates that are worth running, for what the compiler says of them, and those that do not compile.
 
@@ -149,8 +164,7 @@ def compile_all(
     ends: list[float] = []
 
     def work() -> None:
-        # One thread a process: there are jobs of them. The interpreter, if this process has it on, compiles nothing.
-        with Worker(make, {"TRITON_INTERPRET": None, "OMP_NUM_THREADS": "1"}) as worker:
+        with Worker(make, COMPILING) as worker:
             with suppress(Failure):  # which the first request meets again
                 worker.wait()
             ends.append(time.monotonic() + seconds)
