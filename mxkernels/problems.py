@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from .bench_products import Source
@@ -44,7 +46,8 @@ def product_problems(m: int, n: int, k: int, a: Source, b: MXSpec, capabilities:
         if side.spec is not None:
             found.append(Problem.of("quantize", side.spec, _BF16, "rows", *shape))
     path = choose(sides[0], sides[1], capabilities)
-    if capabilities.fp8_mma and all(side.spec is not None and _folds(side.spec) for side in sides):
+    foldable = all(side.spec is not None and window(side.spec.element) is not None for side in sides)
+    if capabilities.fp8_mma and foldable and (path == "fp8" or all(side.symmetric for side in sides)):
         for side, shape in zip(sides, shapes, strict=True):
             assert side.spec is not None
             found += _fold_problems(side.spec, *shape, _BF16, capabilities)
@@ -85,9 +88,9 @@ def _native(sides: list[Operand], m: int, n: int, k: int, capabilities: Capabili
 
 
 def _fold_problems(spec: MXSpec, rows: int, cols: int, dtype: torch.dtype, capabilities: Capabilities) -> list[Problem]:
-    """Of codes, and of a plain matrix where one kernel quantises and folds it."""
-    found = [Problem.of("fold", spec, _carrier(spec, capabilities), "straight", rows, cols)]
-    if quantize_fold_config(spec, cols) is not None:
+    """Of codes without their offsets, and of a plain matrix where one kernel quantises and folds it."""
+    found = [Problem.of("fold", replace(spec, symmetric=True), _carrier(spec, capabilities), "straight", rows, cols)]
+    if spec.symmetric and quantize_fold_config(spec, cols) is not None:
         found.append(Problem.of("quantize_fold", spec, dtype, "rows", rows, cols))
     return found
 

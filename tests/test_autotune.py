@@ -37,6 +37,7 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 LIMITS = Limits("sm_90")
 E2M1 = "e2m1 1x32 rtne even symmetric"
+ASYMMETRIC = mx.MXSpec("e2m1", symmetric=False)
 QUANTIZE = Problem("quantize", E2M1, "bfloat16", "rows", (40, 300))
 
 
@@ -247,6 +248,8 @@ def test_problems_of_casts() -> None:
     ("m", "a", "b", "architecture", "ops"),
     [
         (1024, mx.mxfp4, mx.mxfp4, "sm_90", ["quantize", "fold", "quantize_fold", "multiply"]),
+        (1024, ASYMMETRIC, ASYMMETRIC, "sm_90", ["quantize", "fold", "multiply"]),
+        (16, ASYMMETRIC, ASYMMETRIC, "sm_90", ["quantize", "quantize", "decode_multiply"]),
         (16, torch.bfloat16, mx.mxfp4, "sm_90", ["quantize", "stream", "stream"]),
         (1024, torch.bfloat16, mx.mxfp4, "sm_90", ["quantize", "dequantize", "multiply"]),
         (1024, mx.mxfp8_e4m3, mx.mxfp8_e4m3, "sm_90", ["quantize", "dequantize", "multiply"]),
@@ -260,6 +263,7 @@ def test_problems_of_products(m: int, a: Any, b: Any, architecture: str, ops: li
     assert [each.op for each in problems_of(found)] == ops
     for each in found:
         assert task(each, Limits(architecture)).candidates
+        assert each.op != "fold" or each.formats.endswith(" symmetric")
 
 
 # --- tuning --------------------------------------------------------------------------------------------------
