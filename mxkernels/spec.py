@@ -127,9 +127,13 @@ class MXSpec:
 
     @property
     def can_saturate(self) -> bool:
-        """Whether a block's largest element may lie beyond the format's `max` once scaled."""
+        """Whether an element may be rounded beyond the format's `max`."""
+        element = self.element
+        if self.scale_rounding == "even" and not self.stochastic:
+            # the scale goes up where rounding to so many bits would; the largest of these may be beyond `max`
+            return (2 - 2.0**-element.scale_mantissa_bits) * 2.0**element.emax > element.max
         if self.scale_rounding == "ceil":
-            return 2.0**self.element.emax > self.element.max
+            return 2.0**element.emax > element.max
         return self.scale_rounding != "rceil"
 
     @property

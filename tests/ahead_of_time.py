@@ -40,9 +40,12 @@ INSTRUCTIONS = (
     "cvt.rn.satfinite.e5m2x2.f32",
     "cvt.rn.satfinite.e2m1x2.f32",
     "cvt.rn.f16x2.f32",
+    "cvt.rz.f16x2.f32",
     "cvt.rn.f16x2.e4m3x2",
     "cvt.rn.f16x2.e5m2x2",
     "mul.rz.f32",
+    "fma.rn.bf16x2",
+    "max.NaN.xorsign.abs.bf16x2",
 )
 
 

@@ -46,12 +46,17 @@ def expected_instructions(case: Case, architecture: str) -> set[str]:
             expected.add(f"cvt.rn.f16x2.{element.name}x2")
         if case.dtype == torch.float16:
             expected.add("cvt.rn.f16x2.f32")
-    elif spec.stochastic:
-        expected.add("mul.rz.f32")
+        return expected
+    if spec.symmetric and case.dtype != torch.float32 and able.xorsign:
+        expected.add("max.NaN.xorsign.abs.bf16x2")
+    four_bit_float = element.bits == 4 and not element.twos_complement
+    pairs = four_bit_float and spec.symmetric and case.dtype == torch.bfloat16
+    if spec.stochastic:
+        expected |= {"mul.rz.f32", *(["fma.rn.bf16x2"] if pairs else [])}
     elif able.cvt_e2m1 and element.name == "e2m1":
         expected.add("cvt.rn.satfinite.e2m1x2.f32")
-    elif element.bits == 4:
-        expected.add("cvt.rn.f16x2.f32")
+    elif four_bit_float:
+        expected |= {"fma.rn.bf16x2"} if pairs and element.mantissa_bits else {"cvt.rz.f16x2.f32", "mul.rz.f32"}
     elif able.cvt_fp8 and not element.twos_complement:
         expected.add(f"cvt.rn.satfinite.{'e4m3' if element.mantissa_bits == 3 else 'e5m2'}x2.f32")
     return expected

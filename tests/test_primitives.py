@@ -19,12 +19,11 @@ import triton.language as tl
 
 from mxkernels import gpu, reference
 from mxkernels.formats import FORMATS
+from mxkernels.ops.elements import encode, encode_words
 from mxkernels.ops.primitives import (
     block_offset,
     decode,
     decode_words,
-    encode,
-    encode_words,
     pack,
     random_words,
     scale_byte,
@@ -45,6 +44,7 @@ each_format = pytest.mark.parametrize("name", FORMATS)
 each_rounding = pytest.mark.parametrize("rounding", ["rtne", "stochastic"])
 
 COLS = 256  # of every matrix below, so that packed rows are whole words
+DTYPES = {8: torch.bfloat16, 11: torch.float16, 24: torch.float32}  # by their significant bits
 
 
 # --- kernels: a few rows a program -------------------------------------------------------------------------
@@ -63,13 +63,13 @@ def encode_kernel(
 @triton.jit
 def encode_words_kernel(
     x_ptr, factor_ptr, keep_ptr, random_ptr, code_ptr,
-    SPEC: tl.constexpr, EXACT_BITS: tl.constexpr, GPU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SPEC: tl.constexpr, GPU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     place = row * COLS + tl.arange(0, COLS)[None, :]
     x, factor, keep = tl.load(x_ptr + place), tl.load(factor_ptr + place), tl.load(keep_ptr + place) != 0
     random = tl.load(random_ptr + row * (COLS // 2) + tl.arange(0, COLS // 2)[None, :])  # two elements a word
-    units = encode_words(x, factor, keep, random, SPEC, EXACT_BITS, GPU)
+    units = encode_words(x, factor, keep, random, SPEC, GPU)
     tl.store(code_ptr + place, unpack(units, SPEC.element.bits))
 
 
@@ -107,10 +107,14 @@ def pack_kernel(
 
 
 @triton.jit
-def random_words_kernel(seed_ptr, word_ptr, first_row, groups, ROWS: tl.constexpr, COLS: tl.constexpr):
+def random_words_kernel(
+    seed_ptr, x_ptr, word_ptr, first_row, groups,
+    WIDE: tl.constexpr, GPU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     i = tl.arange(0, ROWS)[:, None]
     group = tl.arange(0, COLS // 8)[None, :].to(tl.int64)
-    words = random_words(tl.load(seed_ptr), first_row + i.to(tl.int64), group, groups)
+    x = tl.load(x_ptr + i * COLS + tl.arange(0, COLS)[None, :])
+    words = random_words(tl.load(seed_ptr), first_row + i.to(tl.int64), group, groups, x, WIDE, GPU)
     tl.store(word_ptr + i * (COLS // 2) + tl.arange(0, COLS // 2)[None, :], words)
 
 
@@ -164,7 +168,8 @@ def check_encode(v: torch.Tensor, random: torch.Tensor | None, spec: MXSpec, exa
     assert not wrong.any(), f"{v[wrong][:4]} became {got[wrong][:4]}, not {expected[wrong][:4]}"
 
     x = v.masked_fill(~keep, 1.0)  # what is not kept is 0, whatever it is
-    check_words(x, torch.ones_like(x), keep, random, expected.masked_fill(~keep, 0), spec, exact_bits, device)
+    factor = torch.ones_like(x)
+    check_words(x.to(DTYPES[exact_bits]), factor, keep, random, expected.masked_fill(~keep, 0), spec, device)
 
 
 def check_words(
@@ -174,7 +179,6 @@ def check_words(
     random: torch.Tensor,
     expected: torch.Tensor,
     spec: MXSpec,
-    exact_bits: int,
     device: str,
 ) -> None:
     """`encode_words`, unpacked, gives the `expected` codes."""
@@ -183,7 +187,7 @@ def check_words(
     rows = rows_a_program(len(x), device)
     encode_words_kernel[(len(x) // rows,)](
         *(tensor.to(device) for tensor in (x, factor, keep.to(torch.uint8), words)), codes,
-        SPEC=spec, EXACT_BITS=exact_bits, GPU=gpu.device_capabilities(codes.device), ROWS=rows, COLS=COLS,
+        SPEC=spec, GPU=gpu.device_capabilities(codes.device), ROWS=rows, COLS=COLS,
         enable_fp_fusion=False,
     )  # fmt: skip
     got = codes.cpu()
@@ -265,14 +269,14 @@ def test_every_factor(name: str, rounding: str, exact_bits: int, device: str) ->
     v = torch.cat([some, -some]).bfloat16().double()
     v = v[torch.linspace(0, len(v) - 1, COLS).long()]
     factor = reference.power_of_two(127 - torch.arange(256).clamp(max=254))[:, None].expand(256, COLS)
-    x = (v / factor).float()
-    fits = x.double() * factor == v  # neither lost below fp32's subnormals nor infinite
+    x = (v / factor).to(DTYPES[exact_bits])
+    fits = x.double() * factor == v  # neither lost below the dtype's subnormals nor infinite
     x, v = x.masked_fill(~fits, 0.0), v.masked_fill(~fits, 0.0)
     random = draws(x.shape) if spec.stochastic else None
     expected = reference.encode(v, spec.element, None if random is None else random.long())
     keep = torch.ones_like(fits)
     random = torch.zeros_like(x, dtype=torch.int32) if random is None else random
-    check_words(x, factor.float().contiguous(), keep, random, expected, spec, exact_bits, device)
+    check_words(x, factor.float().contiguous(), keep, random, expected, spec, device)
 
 
 # --- decode ------------------------------------------------------------------------------------------------
@@ -372,13 +376,18 @@ def test_packing(name: str, cols: int, device: str) -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 0x0123456789ABCDEF])
 @pytest.mark.parametrize(
     ("first_row", "cols"),
-    [(0, 64), (0, 57), (3, 64), (2**29 - 1, 64), (2**32 - 1, 8), (2**32 + 5, 64), (2**40 + 123, 24)],
+    [(0, 64), (0, 57), (3, 64), (2**29 - 4, 64), (2**29 - 1, 64), (2**32 - 1, 8), (2**32 + 5, 64), (2**40 + 123, 24)],
 )
 def test_random_bits(seed: int, first_row: int, cols: int, device: str) -> None:
     """At the contract's index, also where the counter leaves 32 bits within the tile or before it."""
     seed_tensor = torch.tensor([seed - 2**64 if seed >= 2**63 else seed], device=device)
     words = torch.full((4, 32), -1, dtype=torch.int32, device=device)
-    random_words_kernel[(1,)](seed_tensor, words, first_row, (cols + 7) // 8, ROWS=4, COLS=64)
+    x = torch.zeros(4, 64, device=device)  # says which threads have the words
+    groups = (cols + 7) // 8
+    random_words_kernel[(1,)](
+        seed_tensor, x, words, first_row, groups,
+        WIDE=(first_row + 4) * groups > 2**32, GPU=gpu.device_capabilities(words.device), ROWS=4, COLS=64,
+    )  # fmt: skip
     got = torch.stack([words & 0xFFFF, (words >> 16) & 0xFFFF], dim=-1).reshape(4, 64)
     expected = reference.random_bits(4, cols, seed, first_row)
     assert torch.equal(got.cpu()[:, :cols].long(), expected)

@@ -450,6 +450,7 @@ ALL = set(tune.OPS)
         ("ops/primitives.py", ALL),
         ("ops/tiles.py", ALL),
         ("ops/quantize_kernel.py", {"quantize", "quantize_pair", "fold", "quantize_fold"}),
+        ("ops/elements.py", {"quantize", "quantize_pair", "fold", "quantize_fold"}),
         ("ops/dequantize_kernel.py", {"dequantize"}),
         ("ops/fold_kernel.py", {"fold", "quantize_fold"}),
         ("ops/matmul_kernel.py", {"multiply", "stream", "decode_multiply", "native"}),

@@ -73,7 +73,10 @@ def test_the_file(path: Path) -> None:
     tune.store({PROBLEM.key: entry(cast(1))}, H100, path)
     stamp = f'"triton": "{H200.triton}", "kernels": "{H200.kernels}"'
     times = '"after_us": 1.0, "before_us": 2.0, "config": {'
-    config = '"num_warps": 4, "square": false, "tile_cols": 32, "tile_rows": %d, "type": "CastConfig", "wide": false}'
+    config = (
+        '"num_warps": 4, "run": 1, "square": false, "tile_cols": 32, "tile_rows": %d, '
+        '"type": "CastConfig", "wide": false}'
+    )
     key = f"quantize | {SPEC} | bfloat16 | rows | 4096x4096"
     multiply = "multiply | float8_e5m2 * float8_e5m2 | bfloat16 | straight * straight | 8192x8192x8192"
     hopper = '"cols": 128, "group_m": 8, "pieces": 2, "promote": 2, "stages": 4, "type": "HopperConfig"}'
@@ -243,6 +246,13 @@ def test_tiles_hold_whole_blocks_rows_and_words() -> None:
     assert "tile_rows is 8; allowed: powers of two from 16" in words("quantize", SPEC, (64, 64), 8, 64, 4, True)
     assert "tile_cols is 32; allowed: powers of two from 64" in words("quantize_fold", SPEC, (64, 1024), 1, 32, 4)
     assert not words("quantize_fold", SPEC, (64, 1025), 1, 1024, 4)
+
+    run = (False, True, 4)
+    assert "tile_cols is 16; allowed: powers of two from 32" in words("quantize", tall, (64, 64), 32, 16, 4, *run)
+    assert "tile_rows is 16; allowed: powers of two from 32" in words("quantize_pair", SPEC, (64, 64), 16, 64, 4, *run)
+    assert "run is 2; allowed: 1, 4" in words("quantize", SPEC, (64, 64), 16, 64, 4, False, True, 2)
+    assert "run is 4; allowed: 1" in words("quantize", SPEC, (64, 64), 16, 64, 4, True, True, 4)
+    assert "run is 4; allowed: 1" in words("dequantize", SPEC, (64, 64), 16, 64, 4, *run)
 
 
 # --- files that are no tables ------------------------------------------------------------------------------

@@ -10,24 +10,19 @@ from .. import gpu
 from ..folded import Outside, Window
 from ..spec import MXSpec
 from ..tune import CastConfig, Problem, find_config, fold_config
+from .elements import encode_words, fp8_of_fp4, fp8_table, fp8_words
 from .launch import Launch, Layout
 from .primitives import (
     NAN_BYTE,
-    bits_of,
-    block_max,
+    block_magnitude,
     bytes_of_words,
     ceil_div,
     decode_words,
-    encode_words,
-    fp8_of_fp4,
-    fp8_table,
-    fp8_words,
     random_words,
     scale_byte,
     scale_value,
     spread,
     spread_fours,
-    to_fp32,
     words_of_bytes,
 )
 from .quantize_kernel import load_columns
@@ -152,7 +147,7 @@ def folded_words(
     else:
         kept = spread((~is_nan).to(tl.int32), BLOCK) != 0
         value = decode_words(words, ELEMENT, GPU)
-        folded = encode_words(value, spread(factor, BLOCK), kept, 0, FOLDED, 8, GPU)
+        folded = encode_words(value, spread(factor, BLOCK), kept, 0, FOLDED, GPU)
         folded |= words_of_bytes(tl.where(kept, 0, NAN_CODE))
     return folded, byte
 
@@ -231,9 +226,7 @@ def quantize_fold_kernel(
 def tile_scale(x, SPEC: tl.constexpr, GPU: tl.constexpr):
     """The scale bytes of a tile's blocks; zeros beyond the matrix give the least."""
     BLOCK: tl.constexpr = SPEC.block
-    magnitude = tl.abs(to_fp32(x))
-    by_block = tl.reshape(magnitude, [x.shape[0] // BLOCK.rows, BLOCK.rows, x.shape[1] // BLOCK.cols, BLOCK.cols])
-    return scale_byte(bits_of(block_max(by_block, GPU)), SPEC)
+    return scale_byte(block_magnitude(x, BLOCK, GPU), SPEC)
 
 
 @triton.jit
@@ -250,19 +243,18 @@ def quantize_fold_tile(
     """Quantise, fold and store tile (tile_row, tile_col); which of its rows of blocks are outside of the window."""
     ELEMENT: tl.constexpr = SPEC.element
     BLOCK: tl.constexpr = SPEC.block
-    DTYPE: tl.constexpr = x.dtype
-    EXACT_BITS: tl.constexpr = 24 if DTYPE == tl.float32 else (8 if DTYPE == tl.bfloat16 else 11)
     ROWS: tl.constexpr = x.shape[0]
     COLS: tl.constexpr = x.shape[1]
+    DTYPE: tl.constexpr = x.dtype
     scale = tile_scale(x, SPEC, GPU)
-    factor = spread(scale_value(254 - scale), BLOCK)
-    keep = spread(scale != NAN_BYTE, BLOCK)
+    factor = spread(scale_value(254 - scale), BLOCK, DTYPE)
+    keep = spread(scale != NAN_BYTE, BLOCK, DTYPE)
     random = 0
     if SPEC.stochastic:
         row = tile_row * ROWS + tl.arange(0, ROWS)[:, None]
         group = tile_col * (COLS // 8) + tl.arange(0, COLS // 8)[None, :]
-        random = random_words(tl.load(seed_ptr), row, group, ceil_div(cols, 8))
-    words = encode_words(to_fp32(x), factor, keep, random, SPEC, EXACT_BITS, GPU)
+        random = random_words(tl.load(seed_ptr), row, group, ceil_div(cols, 8), x, LAYOUT.wide_counter, GPU)
+    words = encode_words(x, factor, keep, random, SPEC, GPU)
 
     block = block_index(tile_row, tile_col, cols, BLOCK, ROWS, COLS)
     exists = block_inside(tile_row, tile_col, rows, cols, BLOCK, ROWS, COLS)
@@ -332,7 +324,6 @@ def quantize_fold_launch(
     """The launch that quantises and folds a matrix of contiguous rows; the outputs are those of `fold_launch` and
     `reference_launch`."""
     rows, cols = x.shape
-    whole = rows % config.tile_rows == 0 and cols % config.tile_cols == 0
     return Launch(
         quantize_fold_kernel,
         triton.cdiv(rows, config.tile_rows),
@@ -356,7 +347,7 @@ def quantize_fold_launch(
             "FOLDED": MXSpec(window.carrier, spec.block, "rtne", "rceil"),
             "ONE_TILE": cols <= config.tile_cols,
             "CONFIG": config,
-            "LAYOUT": Layout(16, whole),
+            "LAYOUT": Layout.of(config, rows, cols, 16, stochastic=spec.stochastic),
             "GPU": capabilities or gpu.device_capabilities(x.device),
         },
         {"num_warps": config.num_warps},

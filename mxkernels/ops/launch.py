@@ -138,15 +138,26 @@ class Layout:
             4 bytes that the config moves at a time.
         whole: tiles fill the matrix, so nothing needs a mask.
         row_contiguous: the elements of a row are neighbours in memory.
+        wide_counter: eights of elements, which random numbers are counted by, may be 2**32 or more.
     """
 
     alignment: int
     whole: bool
     row_contiguous: bool = True
+    wide_counter: bool = False
 
     @classmethod
-    def of(cls, config: CastConfig, rows: int, cols: int, row_bytes: int, row_contiguous: bool = True) -> Layout:
+    def of(
+        cls,
+        config: CastConfig,
+        rows: int,
+        cols: int,
+        row_bytes: int,
+        row_contiguous: bool = True,
+        stochastic: bool = False,
+    ) -> Layout:
         """`row_bytes` may be any integer that shares its factors of two with all that must be aligned."""
         bits = row_bytes | (16 if config.wide else 4)
         whole = rows % config.tile_rows == 0 and cols % config.tile_cols == 0
-        return cls(bits & -bits, whole, row_contiguous)
+        wide_counter = stochastic and max(rows * -(-cols // 8), cols * -(-rows // 8)) > 2**32
+        return cls(bits & -bits, whole, row_contiguous, wide_counter)

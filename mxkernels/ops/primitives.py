@@ -1,4 +1,5 @@
-"""The bit arithmetic of the contract as small pure device functions: no pointers, no launches.
+"""The bit arithmetic of the contract as small pure device functions: no pointers, no launches. How elements are
+rounded stands in `elements`.
 
 Each takes and returns tensors of any shape and broadcasts as Triton does. Integers are int32, values fp32.
 What a GPU does in hardware is a branch inside one of these, with a twin in plain Triton for the rest.
@@ -12,63 +13,6 @@ from ..formats import ElementFormat  # noqa: F401  (what ELEMENT is, everywhere 
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)  # fp32 without its sign
 INFINITY = tl.constexpr(0x7F800000)  # fp32 bits; magnitudes from here on are Inf or NaN
 NAN_BYTE = tl.constexpr(255)
-
-
-@triton.constexpr_function
-def nearest_fp4_assembly(element, saturate, xorsign):
-    """PTX of `nearest_fp4`: fp32 $1 … $4 to 16 bits in $0."""
-    shift = 10 - element.mantissa_bits
-    both = "0x{0:04x}{0:04x}".format
-    lines = [".reg .b32 t, limit, h0, h1;"]
-    for pair in range(2):
-        h = f"h{pair}"
-        lines.append(f"cvt.rn.f16x2.f32 {h}, ${2 * pair + 2}, ${2 * pair + 1};")
-        if saturate and xorsign:
-            lines.append(f"mov.b32 limit, {both(element.max_code << shift)};")
-            lines.append(f"min.xorsign.abs.f16x2 {h}, {h}, limit;")
-        elif saturate:
-            lines.append(f"mov.b32 limit, {both(element.max_code << shift)}; min.f16x2 {h}, {h}, limit;")
-            lines.append(f"mov.b32 limit, {both(0x8000 | element.max_code << shift)}; max.f16x2 {h}, {h}, limit;")
-        lines.append(f"shr.b32 t, {h}, {shift}; and.b32 t, t, 0x00010001;")
-        lines.append(f"add.u32 {h}, {h}, t; add.u32 {h}, {h}, {both((1 << (shift - 1)) - 1)};")
-        # sign and code to the top four bits of each half, what is below them undefined
-        lines.append(f"shl.b32 t, {h}, {12 - shift}; lop3.b32 {h}, t, {h}, 0x7fff7fff, 0xe4;")
-    # the halves' upper bytes: elements 0 2 1 3, then 0 2 moved beside 1 3
-    lines.append("prmt.b32 h0, h0, h1, 0x7351; shr.b32 h1, h0, 4; shr.b32 h0, h0, 16;")
-    lines.append("lop3.b32 $0, h1, h0, 0x0f0f, 0xe4; and.b32 $0, $0, 0xffff;")
-    return "{ " + " ".join(lines) + " }"
-
-
-@triton.constexpr_function
-def stochastic_fp4_assembly(element, saturate):
-    """PTX of `stochastic_fp4`: fp32 $1 … $4 and random words $5, $6 to 16 bits in $0."""
-    lines = [".reg .b32 units, random, code; .reg .f32 v; mov.b32 $0, 0;"]
-    for place in reversed(range(4)):
-        word, x = f"${5 + place // 2}", f"${1 + place}"
-        lines.append(f"abs.f32 v, {x};")
-        if saturate:
-            lines.append(f"min.f32 v, v, {element.max:.1f};")
-        lines.append(f"mul.rz.f32 v, v, 0f{element.bias << 23:08x};")  # 2**(bias - 127)
-        lines.append("mov.b32 units, v;")
-        lines.append(f"{'shl' if place % 2 == 0 else 'shr'}.b32 random, {word}, {12 if place % 2 == 0 else 4};")
-        lines.append("lop3.b32 random, random, 0x0ffff000, 0x800, 0xea;")  # (a & b) | c: 16 bits and a half
-        lines.append(f"mad.lo.u32 code, units, {1 << (28 - element.dropped_bits)}, random;")
-        lines.append(f"lop3.b32 code, code, {x}, 0x7fffffff, 0xe4;")  # sign and code in the top four bits
-        lines.append("shf.l.wrap.b32 $0, code, $0, 4;")
-    return "{ " + " ".join(lines) + " }"
-
-
-@triton.constexpr_function
-def fp8_table_assembly(element, carrier):
-    """PTX of `fp8_table`: fp32 $2 to the FP8 bytes of its products with the eight magnitudes, in $0 and $1."""
-    lines = [".reg .f32 v, w; .reg .b16 low, high;"]
-    for word in range(2):
-        for half, name in enumerate(("low", "high")):
-            first, second = element.magnitudes[4 * word + 2 * half : 4 * word + 2 * half + 2]
-            lines.append(f"mul.f32 v, $2, {float(first)}; mul.f32 w, $2, {float(second)};")
-            lines.append(f"cvt.rn.satfinite.{carrier.name}x2.f32 {name}, w, v;")
-        lines.append(f"mov.b32 ${word}, {{low, high}};")
-    return "{ " + " ".join(lines) + " }"
 
 
 # --- fp32 and its bits -------------------------------------------------------------------------------------
@@ -133,6 +77,24 @@ def from_fp32_pairs(x, is_nan, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def pairs_of(x):
+    """16-bit `[R, 2 n]` to words `[R, n]` of two neighbours, the even column in the low half."""
+    even, odd = split2(x.to(tl.int16, bitcast=True))
+    return (even.to(tl.int32) & 0xFFFF) | (odd.to(tl.int32) << 16)
+
+
+@triton.jit
+def values_of_pairs(words, DTYPE: tl.constexpr):
+    """The fp32 values of the low halves and of the high ones, bf16 or fp16."""
+    if DTYPE == tl.bfloat16:
+        return value_of(words << 16), value_of(words & -0x10000)
+    else:
+        low = words.to(tl.int16).to(DTYPE, bitcast=True)
+        high = (words >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
 def below_bf16(x):
     """Not 0 where fp32 `x` is finite and has bits that bf16 lacks."""
     bits = bits_of(x)
@@ -145,27 +107,133 @@ def ceil_div(n, divisor: tl.constexpr):
     return (n - 1) // divisor + 1
 
 
-# --- blocks: `[BLOCKS_DOWN, rows, BLOCKS_ACROSS, cols]` to one value a block -------------------------------
+# --- blocks: a tile `[R, C]` to one value a block `[R / BLOCK.rows, C / BLOCK.cols]` ------------------------
 
 
 @triton.jit
-def block_max(x, GPU: tl.constexpr):
+def block_magnitude(x, BLOCK: tl.constexpr, GPU: tl.constexpr):
+    """The fp32 bits of the largest magnitude of each block; INFINITY or more where a block has an Inf or a NaN."""
+    if GPU.ptx and x.dtype.primitive_bitwidth == 16:
+        words = pairs_of(x)
+        if not GPU.xorsign:
+            words &= 0x7FFF7FFF
+        LARGER: tl.constexpr = larger_magnitudes if GPU.xorsign else larger
+        for _ in tl.static_range(max(halvings(BLOCK, x.dtype) - 1, 0)):
+            even, odd = split2(words)
+            words = LARGER(even, odd)
+        words = by_block(words, BLOCK.rows, max(words.shape[1] * BLOCK.cols // x.shape[1], 1))
+        if GPU.xorsign:
+            words = tl.reduce(tl.reduce(words, 3, larger_magnitudes), 1, larger_magnitudes)
+        else:
+            words = tl.reduce(tl.reduce(words, 3, larger), 1, larger)
+        low, high = values_of_pairs(words & 0x7FFF7FFF, x.dtype)
+        if BLOCK.cols == 1:
+            return bits_of(join2(low, high))
+        else:
+            return tl.maximum(bits_of(low), bits_of(high))
+    else:
+        return bits_of(block_max(tl.abs(to_fp32(x)), BLOCK, GPU))
+
+
+@triton.jit
+def block_range(x, inside, BLOCK: tl.constexpr, GPU: tl.constexpr):
+    """The largest and the least of each block, as fp32, of what is `inside` (None: all is); one of them is Inf or NaN
+    where a block has an Inf or a NaN."""
+    if GPU.ptx and x.dtype.primitive_bitwidth == 16:
+        INFINITE: tl.constexpr = 0x7F80 if x.dtype == tl.bfloat16 else 0x7C00
+        above = x.to(tl.int16, bitcast=True)
+        below = above
+        if inside is not None:
+            above = tl.where(inside, above, INFINITE - 0x8000)
+            below = tl.where(inside, below, INFINITE)
+        above = pairs_of(above)
+        below = pairs_of(below)
+        for _ in tl.static_range(max(halvings(BLOCK, x.dtype) - 1, 0)):
+            even, odd = split2(above)
+            above = larger(even, odd)
+            even, odd = split2(below)
+            below = smaller(even, odd)
+        LEFT: tl.constexpr = max(above.shape[1] * BLOCK.cols // x.shape[1], 1)
+        above = by_block(above, BLOCK.rows, LEFT)
+        below = by_block(below, BLOCK.rows, LEFT)
+        above_low, above_high = values_of_pairs(tl.reduce(tl.reduce(above, 3, larger), 1, larger), x.dtype)
+        below_low, below_high = values_of_pairs(tl.reduce(tl.reduce(below, 3, smaller), 1, smaller), x.dtype)
+        if BLOCK.cols == 1:
+            return join2(above_low, above_high), join2(below_low, below_high)
+        else:
+            return max_or_nan(above_low, above_high), -max_or_nan(-below_low, -below_high)
+    else:
+        above = to_fp32(x)
+        below = -above
+        if inside is not None:
+            above = tl.where(inside, above, float("-inf"))
+            below = tl.where(inside, below, float("-inf"))
+        return block_max(above, BLOCK, GPU), -block_max(below, BLOCK, GPU)
+
+
+@triton.constexpr_function
+def halvings(block, dtype):
+    """How often a block's columns are halved, neighbour by neighbour, before `tl.reduce` does the rest: down to what
+    one load gives a thread. That is the same in whatever order registers hold them, so that what Triton computes for
+    two orders is computed once; and `spread` goes back the same way, to the threads that it came from."""
+    return min(block.cols, 16 // (dtype.primitive_bitwidth // 8)).bit_length() - 1
+
+
+@triton.jit
+def block_max(x, BLOCK: tl.constexpr, GPU: tl.constexpr):
     """The largest value of each block of fp32 `x`; NaN where there is one."""
+    ACROSS: tl.constexpr = x.shape[1] // BLOCK.cols
     if GPU.ptx:
+        for _ in tl.static_range(halvings(BLOCK, x.dtype)):
+            even, odd = split2(x)
+            x = max_or_nan(even, odd)
+        x = by_block(x, BLOCK.rows, x.shape[1] // ACROSS)
         return tl.reduce(tl.reduce(x, 3, max_or_nan), 1, max_or_nan)
     else:
+        x = by_block(x, BLOCK.rows, BLOCK.cols)
         keys = tl.max(tl.max(ordered(bits_of(x)), axis=3), axis=1)
         nans = tl.max(tl.max((x != x).to(tl.int32), axis=3), axis=1)
         return tl.where(nans != 0, float("nan"), value_of(ordered(keys)))
 
 
+# As bf16 both 16-bit types have the order of their bits, and what is no number in fp16 lies beyond all that is one.
+
+
 @triton.jit
-def spread(per_block, BLOCK: tl.constexpr):
-    """One value a block to one an element."""
+def larger_magnitudes(a, b):
+    return tl.inline_asm_elementwise(
+        "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def larger(a, b):
+    return tl.inline_asm_elementwise("max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def smaller(a, b):
+    return tl.inline_asm_elementwise("min.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def by_block(x, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """`[R, C]` to `[R / ROWS, ROWS, C / COLS, COLS]`."""
+    return tl.reshape(x, [x.shape[0] // ROWS, ROWS, x.shape[1] // COLS, COLS])
+
+
+@triton.jit
+def spread(per_block, BLOCK: tl.constexpr, DTYPE: tl.constexpr = None):
+    """One value a block to one an element; DTYPE is that of the elements that the values were reduced from, if so."""
     DOWN: tl.constexpr = per_block.shape[0]
     ACROSS: tl.constexpr = per_block.shape[1]
-    spread = tl.broadcast_to(per_block[:, None, :, None], [DOWN, BLOCK.rows, ACROSS, BLOCK.cols])
-    return tl.reshape(spread, [DOWN * BLOCK.rows, ACROSS * BLOCK.cols])
+    TIMES: tl.constexpr = 0 if DTYPE is None else halvings(BLOCK, DTYPE)
+    COLS: tl.constexpr = BLOCK.cols >> TIMES
+    spread = tl.broadcast_to(per_block[:, None, :, None], [DOWN, BLOCK.rows, ACROSS, COLS])
+    spread = tl.reshape(spread, [DOWN * BLOCK.rows, ACROSS * COLS])
+    for _ in tl.static_range(TIMES):
+        spread = join2(spread, spread)
+    return spread
 
 
 @triton.jit
@@ -231,207 +299,6 @@ def block_offset(largest, least):
     middle = tl.minimum(tl.maximum(largest * 0.5 + least * 0.5, -65504.0), 65504.0)
     middle = middle.to(tl.float16).to(tl.float32)
     return tl.where(middle == 0, 0.0, middle)
-
-
-# --- elements ----------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def round_to_odd(bits, BITS: tl.constexpr):
-    """fp32 bits cut to BITS significant bits, the last one sticky: what is rounded to two bits fewer or
-    less afterwards comes out as if rounded once."""
-    BELOW: tl.constexpr = (1 << (24 - BITS)) - 1
-    return (bits | ((bits & BELOW) + BELOW)) & ~BELOW
-
-
-@triton.jit
-def truncated_product(magnitude, EXPONENT: tl.constexpr, GPU: tl.constexpr):
-    """The fp32 bits of `magnitude * 2**EXPONENT`, rounded toward zero; EXPONENT <= 0."""
-    if GPU.ptx:
-        factor = tl.full(magnitude.shape, 2.0**EXPONENT, tl.float32)
-        product = tl.inline_asm_elementwise(
-            "mul.rz.f32 $0, $1, $2;", "=f,f,f", [magnitude, factor], tl.float32, is_pure=True, pack=1
-        )
-        return bits_of(product)
-    else:
-        bits = bits_of(magnitude)
-        field = bits >> 23
-        LOWEST: tl.constexpr = 1 - EXPONENT  # the field that becomes fp32's smallest normal one
-        shift = tl.minimum(tl.maximum(LOWEST - field, 0), 31)
-        significand = (bits & 0x7FFFFF) | 0x800000
-        return (significand >> shift) + (tl.maximum(field - LOWEST, 0) << 23)
-
-
-@triton.jit
-def encode(v, random, SPEC: tl.constexpr, EXACT_BITS: tl.constexpr, GPU: tl.constexpr):
-    """Round fp32 `v`, of EXACT_BITS significant bits, on the format's grid; codes in the low bits of int32,
-    those above undefined.
-
-    v * 2**(bias - 127) puts the format's subnormals on fp32's: the wanted code is then the top of the
-    product's bits, and rounding is an addition below them, for every format and magnitude alike.
-
-    - nearest-even: half a step, less one, plus the kept bits' parity. The product itself is rounded, which
-      is harmless while `v` has at most 16 significant bits: it is inexact only below 2**16 units, and the
-      smallest half step is 2**16. Longer ones are first rounded to odd.
-    - stochastic: `random` (16 bits) and a half, in units of 2**-16 of a step. The product is truncated,
-      since a step's fraction must not round up.
-
-    Integers to nearest-even need none of it: adding 1.5 * 2**23 rounds, and leaves them in the low bits.
-    """
-    ELEMENT: tl.constexpr = SPEC.element
-    if ELEMENT.twos_complement and not SPEC.stochastic:
-        if SPEC.can_saturate:
-            v = tl.minimum(tl.maximum(v, -ELEMENT.max), ELEMENT.max)
-        return bits_of(v + 12582912.0)
-    DROPPED: tl.constexpr = ELEMENT.dropped_bits
-    EXPONENT: tl.constexpr = ELEMENT.bias - 127
-    bits = bits_of(v)
-    if SPEC.stochastic:
-        units = truncated_product(tl.abs(v), EXPONENT, GPU)
-        code = (units + (random << (DROPPED - 16)) + (1 << (DROPPED - 17))) >> DROPPED
-    else:
-        magnitude = bits & MAGNITUDE
-        if EXACT_BITS > 16:
-            magnitude = round_to_odd(magnitude, 16)
-        units = bits_of(value_of(magnitude) * 2.0**EXPONENT)
-        code = (units + ((1 << (DROPPED - 1)) - 1) + ((units >> DROPPED) & 1)) >> DROPPED
-    if SPEC.can_saturate:
-        code = tl.minimum(code, ELEMENT.max_code)
-    if ELEMENT.twos_complement:
-        sign = bits >> 31
-        return (code ^ sign) - sign
-    else:
-        return code | ((bits >> (32 - ELEMENT.bits)) & ELEMENT.sign_bit)
-
-
-@triton.jit
-def encode_words(x, factor, keep, random, SPEC: tl.constexpr, EXACT_BITS: tl.constexpr, GPU: tl.constexpr):
-    """`x * factor` rounded on the format's grid and packed into words (`pack`); code 0 where not `keep`.
-
-    All are `[R, C]`, but `random` is `[R, C/2]`, the 16 bits of two elements in a word; `factor` is 2**-e of
-    each element's block, so that nothing kept reaches 2**(emax + 1): no scale rule leaves more. Conversions in
-    hardware stand in for `encode` where they give its very codes.
-    """
-    ELEMENT: tl.constexpr = SPEC.element
-    kept = tl.where(keep, (1 << ELEMENT.bits) - 1, 0)
-    if not ELEMENT.twos_complement and not SPEC.stochastic and ELEMENT.bits >= 6 and GPU.cvt_fp8:
-        codes = fp8_words(x * (factor * fp8_alignment(ELEMENT)), ELEMENT.mantissa_bits)
-        if ELEMENT.bits == 6:
-            codes = fp6_of_fp8(codes)
-        return pack_bytes(codes & words_of_bytes(kept), ELEMENT.bits)
-    elif not ELEMENT.twos_complement and ELEMENT.bits == 4 and GPU.ptx:
-        if SPEC.stochastic:
-            halves = stochastic_fp4(x * factor, random, SPEC)
-        elif ELEMENT.name == "e2m1" and GPU.cvt_e2m1:
-            halves = hardware_e2m1(x * factor)
-        else:
-            if EXACT_BITS > 8:
-                x = value_of(round_to_odd(bits_of(x), 8))
-            halves = nearest_fp4(x * (factor * 2.0 ** (ELEMENT.bias - 15)), SPEC, GPU)
-        low, high = split2(halves)
-        return (low | (high << 16)) & pack(kept, 4)
-    else:
-        if SPEC.stochastic:
-            random = join2(random & 0xFFFF, (random >> 16) & 0xFFFF)
-        # what is above a code's bits must not reach its neighbours
-        return pack(encode(x * factor, random, SPEC, EXACT_BITS, GPU) & kept, ELEMENT.bits)
-
-
-@triton.jit
-def fp8_alignment(ELEMENT: tl.constexpr):
-    """The power of two that puts the format's subnormals on those of the FP8 format with its mantissa."""
-    return 2.0 ** (ELEMENT.bias - (7 if ELEMENT.mantissa_bits == 3 else 15))
-
-
-@triton.jit
-def fp8_words(v, MANTISSA_BITS: tl.constexpr):
-    """fp32 `[R, 4 n]` to words of four E4M3 or E5M2 codes by the hardware: nearest-even, saturating."""
-    NAME: tl.constexpr = "e4m3x2" if MANTISSA_BITS == 3 else "e5m2x2"
-    v0, v1, v2, v3 = split4(v)
-    return tl.inline_asm_elementwise(
-        "{ .reg .b16 low, high;"
-        " cvt.rn.satfinite." + NAME + ".f32 low, $2, $1;"
-        " cvt.rn.satfinite." + NAME + ".f32 high, $4, $3;"
-        " mov.b32 $0, {low, high}; }",
-        "=r,f,f,f,f", [v0, v1, v2, v3], tl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def fp8_table(factor, ELEMENT: tl.constexpr, CARRIER: tl.constexpr):
-    """The FP8 codes of `factor` times each magnitude of a 4-bit float, in the bytes of two words."""
-    return tl.inline_asm_elementwise(
-        fp8_table_assembly(ELEMENT, CARRIER), "=&r,=&r,f", [factor], (tl.int32, tl.int32), is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def fp8_of_fp4(words, low, high, signs):
-    """Words of eight 4-bit floats to words `[R, 2 n]` of four FP8 codes: magnitudes by their place in a table of
-    two words, `low` and `high`, and the sign where `signs` allows it. Those three are `[R, 2 n]`, for four each."""
-    low0, low1 = split2(low)
-    high0, high1 = split2(high)
-    signs0, signs1 = split2(signs)
-    first, second = tl.inline_asm_elementwise(
-        "{ .reg .b32 place, sign, shifted;"
-        " and.b32 place, $2, 0x77777777; prmt.b32 $0, $3, $5, place;"
-        " shr.u32 place, place, 16; prmt.b32 $1, $4, $6, place;"
-        " shl.b32 shifted, $2, 4;"  # the signs of even codes to the tops of bytes, where the odd ones' are
-        " prmt.b32 sign, shifted, $2, 0x5140; lop3.b32 $0, $0, sign, $7, 0xf8;"  # a | (b & c)
-        " prmt.b32 sign, shifted, $2, 0x7362; lop3.b32 $1, $1, sign, $8, 0xf8; }",
-        "=&r,=&r,r,r,r,r,r,r,r", [words, low0, low1, high0, high1, signs0, signs1], (tl.int32, tl.int32),
-        is_pure=True, pack=1,
-    )  # fmt: skip
-    return join2(first, second)
-
-
-@triton.jit
-def fp6_of_fp8(words):
-    """Bytes of FP8 codes to FP6 codes with the same mantissa, whose magnitudes are the low five bits. What
-    rounded beyond the largest has the sixth set, and no other: it becomes the largest."""
-    magnitude = words & 0x3F3F3F3F
-    magnitude -= (magnitude >> 5) & 0x01010101
-    return magnitude | ((words >> 2) & 0x20202020)
-
-
-@triton.jit
-def hardware_e2m1(v):
-    """fp32 `[R, 4 n]` to four E2M1 codes in 16 bits: nearest-even, saturating."""
-    v0, v1, v2, v3 = split4(v)
-    return tl.inline_asm_elementwise(
-        "{ .reg .b8 low, high; .reg .b16 both;"
-        " cvt.rn.satfinite.e2m1x2.f32 low, $2, $1; cvt.rn.satfinite.e2m1x2.f32 high, $4, $3;"
-        " mov.b16 both, {low, high}; cvt.u32.u16 $0, both; }",
-        "=r,f,f,f,f", [v0, v1, v2, v3], tl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def nearest_fp4(v, SPEC: tl.constexpr, GPU: tl.constexpr):
-    """fp32 `[R, 4 n]`, times 2**(bias - 15), to four E2M1 or E3M0 codes in 16 bits, two elements at a time.
-
-    As fp16, the format's subnormals lie on fp16's: the code is the top of the bits, and rounding to
-    nearest-even an addition below it, as in `encode`. `v` may have 8 significant bits: the conversion to
-    fp16 is then inexact only below half a step.
-    """
-    ELEMENT: tl.constexpr = SPEC.element
-    v0, v1, v2, v3 = split4(v)
-    return tl.inline_asm_elementwise(
-        nearest_fp4_assembly(ELEMENT, SPEC.can_saturate, GPU.xorsign), "=r,f,f,f,f", [v0, v1, v2, v3],
-        tl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def stochastic_fp4(v, random, SPEC: tl.constexpr):
-    """fp32 `[R, 4 n]` to four E2M1 or E3M0 codes in 16 bits: `encode`'s sum with the code in its top bits."""
-    ELEMENT: tl.constexpr = SPEC.element
-    v0, v1, v2, v3 = split4(v)
-    r01, r23 = split2(random)
-    return tl.inline_asm_elementwise(
-        stochastic_fp4_assembly(ELEMENT, SPEC.can_saturate), "=&r,f,f,f,f,r,r", [v0, v1, v2, v3, r01, r23],
-        tl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -576,31 +443,71 @@ def unpack(words, BITS: tl.constexpr):
 
 
 @triton.jit
-def random_words(seed, row, group, groups):
+def random_words(seed, row, group, groups, x, WIDE: tl.constexpr, GPU: tl.constexpr):
     """The random bits of a tile, 16 an element, those of two neighbours in a word: the contract's Philox.
 
     `row` is int64 `[R, 1]`, `group` int64 `[1, C/8]` (eight columns each), `groups` the matrix's groups a
-    row. Returns int32 `[R, C/2]`, an even element in the low half.
+    row; WIDE: their product may pass 32 bits. Returns int32 `[R, C/2]`, an even element in the low half, with the
+    threads that have the elements `x`.
     """
-    counter = (row * groups + group).to(tl.uint64, bitcast=True)
-    seed = seed.to(tl.uint64, bitcast=True)
-    zero = tl.zeros_like(counter).to(tl.uint32)
-    w0, w1, w2, w3 = philox(
-        counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero, seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    )
-    return join4(w0, w1, w2, w3).to(tl.int32, bitcast=True)
+    if WIDE:
+        counter = row * groups + group
+        low = counter.to(tl.int32)
+        high = (counter >> 32).to(tl.int32)
+    else:
+        low = (row.to(tl.int32) * groups + group.to(tl.int32)).to(tl.int32)
+        high = tl.zeros_like(low)
+    w0, w1, w2, w3 = philox(low + zeros_beside(x), high, seed.to(tl.int32), (seed >> 32).to(tl.int32), GPU)
+    return join4(w0, w1, w2, w3)
 
 
 @triton.jit
-def philox(c0, c1, c2, c3, key_low, key_high):
-    """Philox-4x32-10 (Salmon et al., SC 2011) on uint32; each product is one 64-bit multiplication."""
-    for _ in tl.static_range(10):
-        product0 = c0.to(tl.uint64) * 0xD2511F53
-        product1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ key_low
-        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ key_high
-        c1 = product1.to(tl.uint32)
-        c3 = product0.to(tl.uint32)
-        key_low += 0x9E3779B9
-        key_high += 0xBB67AE85
-    return c0, c1, c2, c3
+def zeros_beside(x):
+    """Zeros, one for eight columns of `x`: LLVM sees that they are, while Triton keeps them with the threads that have
+    the elements, and so whatever they are added to."""
+    first, _, _, _ = split4(x)
+    first, _ = split2(first)
+    BITS: tl.constexpr = tl.int16 if x.dtype.primitive_bitwidth == 16 else tl.int32
+    return ((first.to(BITS, bitcast=True) | 1) == 0).to(tl.int32)
+
+
+@triton.jit
+def philox(c0, c1, key_low, key_high, GPU: tl.constexpr):
+    """Philox-4x32-10 (Salmon et al., SC 2011) of the counter (c0, c1, 0, 0)."""
+    if GPU.ptx:
+        return tl.inline_asm_elementwise(
+            philox_assembly(), "=&r,=&r,=&r,=&r,r,r,r,r", [c0, c1, key_low, key_high],
+            (tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        c2 = tl.zeros_like(c0)
+        c3 = c2
+        for _ in tl.static_range(10):
+            product0 = c0.to(tl.uint32, bitcast=True).to(tl.uint64) * 0xD2511F53
+            product1 = c2.to(tl.uint32, bitcast=True).to(tl.uint64) * 0xCD9E8D57
+            c0 = (product1 >> 32).to(tl.uint32).to(tl.int32, bitcast=True) ^ c1 ^ key_low
+            c2 = (product0 >> 32).to(tl.uint32).to(tl.int32, bitcast=True) ^ c3 ^ key_high
+            c1 = product1.to(tl.uint32).to(tl.int32, bitcast=True)
+            c3 = product0.to(tl.uint32).to(tl.int32, bitcast=True)
+            key_low += -0x61C88647  # 0x9E3779B9
+            key_high += -0x4498517B  # 0xBB67AE85
+        return c0, c1, c2, c3
+
+
+@triton.constexpr_function
+def philox_assembly():
+    """PTX of `philox`, whose products are one instruction each, where LLVM makes two: $4 … $7 to $0 … $3."""
+    lines = [
+        ".reg .b32 c0, c1, c2, c3, low0, high0, low1, high1, key_low, key_high; .reg .b64 product;",
+        "mov.b32 c0, $4; mov.b32 c1, $5; mov.b32 c2, 0; mov.b32 c3, 0; mov.b32 key_low, $6; mov.b32 key_high, $7;",
+    ]
+    for _ in range(10):
+        lines += [
+            "mul.wide.u32 product, c0, 0xd2511f53; mov.b64 {low0, high0}, product;",
+            "mul.wide.u32 product, c2, 0xcd9e8d57; mov.b64 {low1, high1}, product;",
+            "lop3.b32 c0, high1, c1, key_low, 0x96; lop3.b32 c2, high0, c3, key_high, 0x96;",  # a ^ b ^ c
+            "mov.b32 c1, low1; mov.b32 c3, low0;",
+            "add.u32 key_low, key_low, 0x9e3779b9; add.u32 key_high, key_high, 0xbb67ae85;",
+        ]
+    lines.append("mov.b32 $0, c0; mov.b32 $1, c1; mov.b32 $2, c2; mov.b32 $3, c3;")
+    return "{ " + " ".join(lines) + " }"

@@ -9,15 +9,17 @@ import triton.language as tl
 from .. import gpu
 from ..spec import MXSpec
 from ..tune import CastConfig, Problem, find_config, quantize_config
+from .elements import encode_words
 from .launch import Launch, Layout
 from .primitives import (
     INFINITY,
     NAN_BYTE,
     bits_of,
-    block_max,
+    block_magnitude,
     block_offset,
+    block_range,
     ceil_div,
-    encode_words,
+    join4,
     join8,
     random_words,
     scale_byte,
@@ -54,23 +56,59 @@ def quantize_kernel(
         inside = (i < rows - row0) & (j < cols - col0)
         turned_inside = tl.trans(inside)
     corner = x_ptr + row0 * row_stride + col0 * col_stride
-    if CONFIG.square and LAYOUT.row_contiguous:
-        x = tl.trans(
-            load_square(corner, cols - col0, rows - row0, col_stride, row_stride, TILE_COLS, TILE_ROWS, LAYOUT)
-        )
-    elif CONFIG.square:
-        x = load_square(corner, rows - row0, cols - col0, row_stride, col_stride, TILE_ROWS, TILE_COLS, LAYOUT)
-    else:
-        x = load_columns(corner, rows - row0, cols - col0, row_stride, col_stride, TILE_ROWS, TILE_COLS, 0, 1, LAYOUT)
+    x = load_tile(
+        corner, rows - row0, cols - col0, row_stride, col_stride, TILE_ROWS, TILE_COLS, CONFIG, LAYOUT,
+        LAYOUT.row_contiguous,
+    )  # fmt: skip
+    if turned_codes_ptr is not None:
+        if CONFIG.square:
+            turned = tl.trans(x)
+        else:  # for other threads; the cache has it
+            turned = load_tile(
+                corner, cols - col0, rows - row0, col_stride, row_stride, TILE_COLS, TILE_ROWS, CONFIG, LAYOUT,
+                not LAYOUT.row_contiguous,
+            )  # fmt: skip
     quantize_tile(
         x, inside, tile_row, tile_col, rows, cols,
         seed_ptr, codes_ptr, scale_ptr, offset_ptr, SPEC, LAYOUT, GPU,
     )  # fmt: skip
     if turned_codes_ptr is not None:
         quantize_tile(
-            tl.trans(x), turned_inside, tile_col, tile_row, cols, rows,
+            turned, turned_inside, tile_col, tile_row, cols, rows,
             seed_ptr, turned_codes_ptr, turned_scale_ptr, turned_offset_ptr, SPEC, LAYOUT, GPU,
         )  # fmt: skip
+
+
+@triton.jit
+def load_tile(
+    corner, rows, cols, row_stride, col_stride, ROWS: tl.constexpr, COLS: tl.constexpr,
+    CONFIG: tl.constexpr, LAYOUT: tl.constexpr, CONTIGUOUS: tl.constexpr,
+):  # fmt: skip
+    """Load a tile at `corner`, zeros beyond `rows` and `cols`. CONTIGUOUS: memory runs along the rows, or else down the
+    columns. Triton gives a thread what one load makes contiguous; what else it should hold comes in several loads."""
+    if CONFIG.square and CONTIGUOUS:
+        return tl.trans(load_every_eighth(corner, cols, rows, col_stride, row_stride, COLS, ROWS, 0, 8, LAYOUT))
+    elif CONFIG.square:
+        return load_every_eighth(corner, rows, cols, row_stride, col_stride, ROWS, COLS, 0, 8, LAYOUT)
+    elif CONFIG.run == 1:
+        return load_columns(corner, rows, cols, row_stride, col_stride, ROWS, COLS, 0, 1, LAYOUT)
+    elif CONTIGUOUS:
+        x = join4(
+            load_pieces(corner, rows, cols, row_stride, col_stride, ROWS, COLS, 0, LAYOUT),
+            load_pieces(corner, rows, cols, row_stride, col_stride, ROWS, COLS, 1, LAYOUT),
+            load_pieces(corner, rows, cols, row_stride, col_stride, ROWS, COLS, 2, LAYOUT),
+            load_pieces(corner, rows, cols, row_stride, col_stride, ROWS, COLS, 3, LAYOUT),
+        )
+        # the elements of a piece are next to each other, not every fourth
+        PIECE: tl.constexpr = 128 // x.dtype.primitive_bitwidth
+        return tl.reshape(tl.permute(tl.reshape(x, [ROWS, COLS // (4 * PIECE), PIECE, 4]), (0, 1, 3, 2)), [ROWS, COLS])
+    else:
+        return join4(
+            load_every_eighth(corner, rows, cols, row_stride, col_stride, ROWS, COLS // 4, 0, 32, LAYOUT),
+            load_every_eighth(corner, rows, cols, row_stride, col_stride, ROWS, COLS // 4, 1, 32, LAYOUT),
+            load_every_eighth(corner, rows, cols, row_stride, col_stride, ROWS, COLS // 4, 2, 32, LAYOUT),
+            load_every_eighth(corner, rows, cols, row_stride, col_stride, ROWS, COLS // 4, 3, 32, LAYOUT),
+        )
 
 
 @triton.jit
@@ -80,30 +118,51 @@ def load_columns(
 ):  # fmt: skip
     """Load COLS columns, every STEP-th from the FIRST, of a tile at `corner`; zeros beyond `rows` and `cols`."""
     i = tl.arange(0, ROWS)[:, None]
-    j = tl.arange(0, COLS)[None, :] * STEP + FIRST
-    place = corner + (i.to(tl.int64) * row_stride + j.to(tl.int64) * col_stride)
+    j = tl.arange(0, COLS)[None, :] * STEP
+    # what threads add is the same for every FIRST
+    place = corner + tl.cast(FIRST, tl.int64) * col_stride + (i.to(tl.int64) * row_stride + j.to(tl.int64) * col_stride)
     if LAYOUT.whole:
         return tl.load(place)
     else:
-        return tl.load(place, mask=(i < rows) & (j < cols), other=0.0)
+        return tl.load(place, mask=(i < rows) & (j < cols - FIRST), other=0.0)
 
 
 @triton.jit
-def load_square(
-    corner, rows, cols, row_stride, col_stride, ROWS: tl.constexpr, COLS: tl.constexpr, LAYOUT: tl.constexpr
-):
-    """Load a tile whose memory runs down the columns so that a thread holds eight neighbours along both
-    dimensions: those down a column from one load, as Triton has it, and those along a row from eight."""
+def load_pieces(
+    corner, rows, cols, row_stride, col_stride,
+    ROWS: tl.constexpr, COLS: tl.constexpr, FIRST: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Load every fourth piece of 16 bytes of the rows of a tile of COLS columns, from the FIRST: COLS / 4 columns."""
+    PIECE: tl.constexpr = 128 // corner.dtype.element_ty.primitive_bitwidth
+    i = tl.arange(0, ROWS)[:, None, None]
+    piece = tl.arange(0, COLS // (4 * PIECE))[None, :, None] * 4 + FIRST
+    j = piece * PIECE + tl.arange(0, PIECE)[None, None, :]
+    place = corner + (i.to(tl.int64) * row_stride + j.to(tl.int64) * col_stride)
+    if LAYOUT.whole:
+        x = tl.load(place)
+    else:
+        x = tl.load(place, mask=(i < rows) & (j < cols), other=0.0)
+    return tl.reshape(x, [ROWS, COLS // 4])
+
+
+@triton.jit
+def load_every_eighth(
+    corner, rows, cols, row_stride, col_stride,
+    ROWS: tl.constexpr, COLS: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Load COLS columns, every STEP/8-th from the FIRST, of a tile whose memory runs down the columns, in eight loads:
+    a thread holds eight neighbours of what is loaded, and those below each that one load gives it."""
     NARROW: tl.constexpr = COLS // 8
+    EVERY: tl.constexpr = STEP // 8
     return join8(
-        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, 0, 8, LAYOUT),
-        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, 1, 8, LAYOUT),
-        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, 2, 8, LAYOUT),
-        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, 3, 8, LAYOUT),
-        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, 4, 8, LAYOUT),
-        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, 5, 8, LAYOUT),
-        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, 6, 8, LAYOUT),
-        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, 7, 8, LAYOUT),
+        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, FIRST, STEP, LAYOUT),
+        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, FIRST + EVERY, STEP, LAYOUT),
+        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, FIRST + 2 * EVERY, STEP, LAYOUT),
+        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, FIRST + 3 * EVERY, STEP, LAYOUT),
+        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, FIRST + 4 * EVERY, STEP, LAYOUT),
+        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, FIRST + 5 * EVERY, STEP, LAYOUT),
+        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, FIRST + 6 * EVERY, STEP, LAYOUT),
+        load_columns(corner, rows, cols, row_stride, col_stride, ROWS, NARROW, FIRST + 7 * EVERY, STEP, LAYOUT),
     )
 
 
@@ -118,10 +177,7 @@ def quantize_tile(
     BLOCK: tl.constexpr = SPEC.block
     TILE_ROWS: tl.constexpr = x.shape[0]
     TILE_COLS: tl.constexpr = x.shape[1]
-    BY_BLOCK: tl.constexpr = (TILE_ROWS // BLOCK.rows, BLOCK.rows, TILE_COLS // BLOCK.cols, BLOCK.cols)
-    EXACT_BITS: tl.constexpr = (
-        24 if x.dtype == tl.float32 or not SPEC.symmetric else (8 if x.dtype == tl.bfloat16 else 11)
-    )
+    DTYPE: tl.constexpr = x.dtype
 
     # One scale (and offset) a block.
     block = block_index(tile_row, tile_col, cols, BLOCK, TILE_ROWS, TILE_COLS)
@@ -129,25 +185,14 @@ def quantize_tile(
         exists = None
     else:
         exists = block_inside(tile_row, tile_col, rows, cols, BLOCK, TILE_ROWS, TILE_COLS)
-
-    x = tl.reshape(to_fp32(x), BY_BLOCK)
     if SPEC.symmetric:
-        amax = bits_of(block_max(tl.abs(x), GPU))
+        amax = block_magnitude(x, BLOCK, GPU)
     else:
-        above = x
-        below = -x
-        if not LAYOUT.whole:
-            inside = tl.reshape(inside, BY_BLOCK)
-            above = tl.where(inside, above, float("-inf"))
-            below = tl.where(inside, below, float("-inf"))
-        largest = block_max(above, GPU)
-        least = -block_max(below, GPU)
+        largest, least = block_range(x, inside, BLOCK, GPU)
         finite = (tl.abs(largest) < float("inf")) & (tl.abs(least) < float("inf"))
         offset = tl.where(finite, block_offset(largest, least), 0.0)
         tl.store(offset_ptr + block, offset.to(tl.float16), mask=exists)
-        x = x - offset[:, None, :, None]
-        if not LAYOUT.whole:
-            x = tl.where(inside, x, 0.0)
+        x = to_fp32(x) - spread(offset, BLOCK, DTYPE)
         # x - offset rounds monotonically, so its largest magnitude is at an end of the range
         amax = bits_of(tl.maximum(tl.abs(largest - offset), tl.abs(least - offset)))
         amax = tl.where(finite, amax, INFINITY)
@@ -160,11 +205,12 @@ def quantize_tile(
         GROUPS: tl.constexpr = TILE_COLS // 8
         row = tile_row * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
         group = tile_col * GROUPS + tl.arange(0, GROUPS)[None, :]
-        random = random_words(tl.load(seed_ptr), row, group, ceil_div(cols, 8))
-    x = tl.reshape(x, [TILE_ROWS, TILE_COLS])
-    factor = spread(scale_value(254 - scale), BLOCK)
-    keep = spread(scale != NAN_BYTE, BLOCK)
-    words = encode_words(x, factor, keep, random, SPEC, EXACT_BITS, GPU)
+        random = random_words(tl.load(seed_ptr), row, group, ceil_div(cols, 8), x, LAYOUT.wide_counter, GPU)
+    factor = spread(scale_value(254 - scale), BLOCK, DTYPE)
+    keep = spread(scale != NAN_BYTE, BLOCK, DTYPE)
+    if not SPEC.symmetric and inside is not None:
+        keep &= inside
+    words = encode_words(x, factor, keep, random, SPEC, GPU)
     row_bytes = ceil_div(cols, ELEMENT.group) * ELEMENT.group_bytes
     store_words(words, codes_ptr, tile_row, tile_col, rows, row_bytes, TILE_COLS * ELEMENT.bits // 32, LAYOUT)
 
@@ -218,7 +264,7 @@ def quantize_launch(
             "col_stride": x.stride(1),
             "SPEC": spec,
             "CONFIG": config,
-            "LAYOUT": Layout.of(config, rows, cols, row_bytes, row_contiguous),
+            "LAYOUT": Layout.of(config, rows, cols, row_bytes, row_contiguous, spec.stochastic),
             "GPU": capabilities,
         },
         {"num_warps": config.num_warps},

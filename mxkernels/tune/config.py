@@ -13,6 +13,7 @@ class CastConfig:
     Attributes:
         square: a thread holds eight neighbours along both dimensions (quantise only).
         wide: packed words are moved four at a time, 16 bytes, rather than one.
+        run: how many pieces of 16 bytes that a thread loads are neighbours along a row, 1 or 4 (quantise only).
     """
 
     tile_rows: int
@@ -20,11 +21,13 @@ class CastConfig:
     num_warps: int
     square: bool = False
     wide: bool = False
+    run: int = 1
 
     def __str__(self) -> str:
         square = ", square to a thread" if self.square else ""
         wide = ", 16 bytes at a time" if self.wide else ""
-        return f"tiles {self.tile_rows}x{self.tile_cols}, {self.num_warps} warps{square}{wide}"
+        run = ", runs along a row to a thread" if self.run > 1 else ""
+        return f"tiles {self.tile_rows}x{self.tile_cols}, {self.num_warps} warps{square}{run}{wide}"
 
 
 @dataclass(frozen=True)

@@ -71,10 +71,15 @@ def _cast_obstacle(problem: Problem, config: CastConfig) -> str | None:
         least_rows = least_cols = max(block.rows, block.cols, 16)
     if config.square:
         least_rows = max(least_rows, 16)
+    if config.run > 1:
+        least_cols = max(least_cols, 32)
+        least_rows = max(least_rows, 32) if problem.op == "quantize_pair" else least_rows
     if problem.op == "quantize_fold":
         least_cols = max(least_cols, 64)
+    runs = (1, 4) if problem.op in ("quantize", "quantize_pair") and not config.square else (1,)
     return (
         _not_one_of("num_warps", config.num_warps, _WARPS)
+        or _not_one_of("run", config.run, runs)
         or _no_side("tile_rows", config.tile_rows, least_rows, 1 << 15)
         or _no_side("tile_cols", config.tile_cols, least_cols, 1 << 15)
         or _too_large("tile_rows * tile_cols", config.tile_rows * config.tile_cols, config.num_warps)

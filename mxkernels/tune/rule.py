@@ -1,8 +1,8 @@
 """The deterministic rule: good configs for any GPU, untuned.
 
-What it says was found on one GPU, but for reasons that hold on others: a program of one warp needs no
-barriers; the more a thread has of a block, the less it spends on the block's scale; a tile's rows should be
-long where rows are packed, and its two sides alike where blocks or memory run down the columns.
+What it says was found on one GPU, but for reasons that hold on others: a thread that has a whole block spends
+the least on its scale, and writes its codes as they are; a tile's rows should be long where rows are packed, and
+its two sides alike where blocks or memory run down the columns.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from .config import CastConfig, HopperConfig, MatmulConfig, SmallMatmulConfig
 
 FEW_ROWS = 256  # of a product: too few for the tiles that large ones take
 _SMALLEST_SIDE = 16  # whole 32-bit words of packed codes, whole groups of random bits
+_SHORTEST_RUN = 32
 
 
 def quantize_config(
@@ -23,29 +24,34 @@ def quantize_config(
 ) -> CastConfig:
     """For a matrix of `rows` x `cols`, whose rows (or else columns) are contiguous; `pair`: both orientations
     are written."""
-    block = spec.block
+    block, bits = spec.block, spec.element.bits
     light = spec.symmetric and not spec.stochastic  # else what a thread holds besides elements leaves fewer registers
-    if pair or not row_contiguous:
-        config = CastConfig(64, 128 if light else 64, 4, square=True, wide=True)
+    if (pair or not row_contiguous) and not light:
+        config = CastConfig(64, 64, 4, square=True, wide=True)
+    elif pair:
+        config = CastConfig(128, 64, 4, square=True, wide=True)
+    elif not row_contiguous:
+        along = block.rows == 1 and bits == 4
+        config = CastConfig(128, 128, 4, wide=True, run=4) if along else CastConfig(128, 128, 8, square=True, wide=True)
     elif min(block.rows, block.cols) >= 32:
         config = CastConfig(32, 256, 2, wide=True)
     elif block.rows >= 16:
         config = CastConfig(32, 128 if light else 64, 1, square=True, wide=True)
-    elif spec.element.bits == 6:
-        config = CastConfig(8, 512, 2, wide=True)
-    elif spec.element.name == "int8" and bytes_per_element == 2:
-        config = CastConfig(2, 1024, 2, wide=True)
-    elif spec.element.bits == 8 or bytes_per_element == 4:
+    elif bits == 6:
+        config = CastConfig(4, 512, 1, wide=True, run=4)
+    elif bits == 8 and spec.element.name != "int8" and bytes_per_element == 2:
         config = CastConfig(4, 1024, 4, wide=True)
-    elif block.rows == 1 and block.cols >= 32:
-        config = CastConfig(1, 2048, 1)
+    elif block.rows > 1:
+        config = CastConfig(4, 1024, 2) if spec.stochastic else CastConfig(8, 1024, 4)
     else:
-        config = CastConfig(8, 1024, 4)
+        config = CastConfig(1, 4096, 2 if spec.stochastic else 4, wide=True, run=4)
     least_rows, least_cols = block.rows, block.cols
     if pair:
         least_rows = least_cols = max(least_rows, least_cols)
     if config.square:
         least_rows = max(least_rows, _SMALLEST_SIDE)
+    if config.run > 1:
+        least_cols = max(least_cols, _SHORTEST_RUN)
     return _fit(config, least_rows, least_cols, rows, cols)
 
 
@@ -172,7 +178,7 @@ def _fit(config: CastConfig, least_rows: int, least_cols: int, rows: int, cols: 
     tile_cols = max(min(config.tile_cols, power_of_two_above(cols)), least_cols, _SMALLEST_SIDE)
     tile_rows = max(min(config.tile_rows, power_of_two_above(rows)), least_rows)
     num_warps = min(max(tile_rows * tile_cols // per_warp, 1), 8)
-    return CastConfig(tile_rows, tile_cols, num_warps, config.square, config.wide)
+    return CastConfig(tile_rows, tile_cols, num_warps, config.square, config.wide, config.run)
 
 
 def ceil_div(n: int, divisor: int) -> int:

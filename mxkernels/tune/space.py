@@ -46,24 +46,30 @@ def steps(config: Config, other: Config) -> float:
 
 
 def _casts(problem: Problem, rule: Config) -> Iterator[Config]:
-    """Tiles of 16 to 128 elements a thread: long where blocks and memory run along the rows, else nearer to square."""
+    """Tiles of 16 to 128 elements a thread: long where blocks and memory run along the rows, else nearer to square. Of
+    them a thread has what one load gives it, a square, or a run along a row."""
     assert isinstance(rule, CastConfig)
     block = MXSpec.parse(problem.formats).block
     along = block.rows <= 4 and problem.op != "quantize_pair" and problem.layout in _ALONG
-    square = (False,) if along or problem.op in ("dequantize", "fold") else (False, True)
+    simple, square, run = (False, True, 1), (True, True, 1), (False, True, 4)  # square, wide, run
+    if problem.op in ("dequantize", "fold"):
+        ways: tuple[tuple[bool, bool, int], ...] = (simple, (False, False, 1))
+    elif along:
+        ways = (simple, run)
+    else:
+        ways = (square, run) if problem.op == "quantize_pair" or problem.layout == "columns" else (square, run, simple)
     (least_rows, most_rows), (least_cols, most_cols), least = (
         ((1, 32), (128, 4096), 16) if along else ((16, 128), (16, 512), 32)
     )
     largest_rows, largest_cols = (max(2 * side, 32) for side in problem.shape)  # far larger, and tiles stay empty
-    for tile_rows, tile_cols, num_warps, square_tile, wide in product(
+    for tile_rows, tile_cols, num_warps, way in product(
         _doublings(least_rows, min(most_rows, largest_rows)),
         _doublings(least_cols, min(most_cols, max(largest_cols, least_cols))),
         (1, 2, 4, 8),
-        square,
-        (False, True),
+        ways,
     ):
         if least <= tile_rows * tile_cols // (32 * num_warps) <= 128:
-            yield CastConfig(tile_rows, tile_cols, num_warps, square_tile, wide)
+            yield CastConfig(tile_rows, tile_cols, num_warps, *way)
 
 
 _ALONG = ("rows", "straight")

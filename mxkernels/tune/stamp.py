@@ -16,11 +16,11 @@ _PACKAGE = Path(__file__).parents[1]
 # The modules in `ops` that an op's kernels are made of, beside those that all share.
 _SHARED = ("formats.py", "ops/primitives.py", "ops/tiles.py")
 _MODULES: dict[str, tuple[str, ...]] = {
-    "quantize": ("quantize_kernel",),
-    "quantize_pair": ("quantize_kernel",),
+    "quantize": ("quantize_kernel", "elements"),
+    "quantize_pair": ("quantize_kernel", "elements"),
     "dequantize": ("dequantize_kernel",),
-    "fold": ("fold_kernel", "quantize_kernel"),
-    "quantize_fold": ("fold_kernel", "quantize_kernel"),
+    "fold": ("fold_kernel", "quantize_kernel", "elements"),
+    "quantize_fold": ("fold_kernel", "quantize_kernel", "elements"),
     "multiply": ("matmul_kernel", "matmul_hopper_kernel"),
     "stream": ("matmul_small_kernel", "matmul_kernel"),
     "decode_multiply": ("matmul_wide_kernel", "matmul_kernel"),
