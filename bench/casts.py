@@ -52,7 +52,7 @@ def casts() -> list[Case]:
         *quantize(*(MXSpec("e2m1", scale_rounding=rule) for rule in ("floor", "ceil", "rceil"))),
         *quantize(*stochastic, *asymmetric),
         *quantize(*few, transposed=True),
-        *(Case("quantize_pair", spec, LARGE) for spec in few),
+        *(Case("quantize_pair", spec, LARGE) for spec in (*few, MXSpec("e2m1", "16x16"))),
         *dequantize(*(MXSpec(element, block) for element in FORMATS for block in ("1x32", "4x4"))),
         *dequantize(*asymmetric),
         *(case for dtype in (torch.float16, torch.float32) for case in quantize(*few, dtype=dtype)),
@@ -63,8 +63,8 @@ def casts() -> list[Case]:
 
 
 def sizes() -> list[Case]:
-    """Time against size, 2**20 to 2**31 elements and the first square beyond."""
-    shapes = [(1 << (bits // 2), 1 << (bits - bits // 2)) for bits in (*range(20, 31, 2), 31)] + [(47104, 47104)]
+    """Time against size, 2**20 to 2**32 elements."""
+    shapes = [(1 << (bits // 2), 1 << (bits - bits // 2)) for bits in range(20, 33, 2)]
     return [Case(op, E2M1, shape) for shape in shapes for op in ("quantize", "dequantize")]
 
 
