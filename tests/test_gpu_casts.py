@@ -286,6 +286,7 @@ VARIED_SPECS = (
 )
 ROW_SPECS = ("e2m1 1x16 stochastic even symmetric", "e2m3 1x8 rtne ceil asymmetric")  # that fill any tile
 CONFIGS = [CastConfig(*sizes) for sizes in ((4, 1024, 8), (1, 4096, 4), (16, 16, 1), (64, 64, 2), (128, 32, 4))]
+CONFIGS += [CastConfig(*sizes, wide=True, run=4) for sizes in ((2, 1024, 1), (64, 64, 2), (128, 128, 4))]
 EDGES = ((1, 1), (1, 4097), (4097, 1), (3, 7), (129, 31))
 
 

@@ -303,6 +303,8 @@ def configs_of(tile: tuple[int, int]) -> Iterator[CastConfig]:
     for field in dataclasses.fields(CastConfig):
         if field.type == "bool":
             yield dataclasses.replace(plain, **{field.name: True})
+    if tile[1] >= 32:
+        yield CastConfig(*tile, num_warps=1, wide=True, run=4)
 
 
 @pytest.mark.parametrize(("block", "symmetric"), [("1x16", True), ("16x1", True), ("4x4", False)])
@@ -321,6 +323,8 @@ def test_tiles_do_not_show(name: str, rounding: str, block: str, symmetric: bool
             assert_same_parts(quantize(matrix, spec, seed_of(spec), config=config), expected, config)
             assert_same_bytes(dequantize(expected, spec, cols, torch.float32, config), values, config)
         check_quantize(matrix, spec, seed_of(spec), pair=True, config=CastConfig(16, 32, 1))
+        for view in (matrix, matrix.T.contiguous().T):
+            check_quantize(view, spec, seed_of(spec), pair=True, config=CastConfig(32, 64, 1, wide=True, run=4))
 
 
 @pytest.mark.parametrize("name", ["e2m1", "e2m3", "e4m3", "int8"])

@@ -248,11 +248,13 @@ def test_tiles_hold_whole_blocks_rows_and_words() -> None:
     assert not words("quantize_fold", SPEC, (64, 1025), 1, 1024, 4)
 
     run = (False, True, 4)
-    assert "tile_cols is 16; allowed: powers of two from 32" in words("quantize", tall, (64, 64), 32, 16, 4, *run)
-    assert "tile_rows is 16; allowed: powers of two from 32" in words("quantize_pair", SPEC, (64, 64), 16, 64, 4, *run)
-    assert "run is 2; allowed: 1, 4" in words("quantize", SPEC, (64, 64), 16, 64, 4, False, True, 2)
-    assert "run is 4; allowed: 1" in words("quantize", SPEC, (64, 64), 16, 64, 4, True, True, 4)
-    assert "run is 4; allowed: 1" in words("dequantize", SPEC, (64, 64), 16, 64, 4, *run)
+    assert "tile_cols is 16; allowed: powers of two from 32" in words("quantize", tall, (64, 64), 128, 16, 1, *run)
+    assert "tile_rows is 16; allowed: powers of two from 32" in words("quantize_pair", SPEC, (64, 64), 16, 64, 1, *run)
+    assert "run is 2; allowed: 1, 4" in words("quantize", SPEC, (64, 64), 16, 64, 1, False, True, 2)
+    assert "run is 4; allowed: 1" in words("quantize", SPEC, (64, 64), 16, 64, 1, True, True, 4)
+    assert "run is 4; allowed: 1" in words("dequantize", SPEC, (64, 64), 16, 64, 1, *run)
+    assert "run is 4; allowed: 1" in words("quantize", SPEC, (64, 64), 8, 64, 1, *run)  # half a run to a thread
+    assert not words("quantize", SPEC, (64, 64), 16, 64, 1, *run)
 
 
 # --- files that are no tables ------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -251,6 +253,8 @@ def quantize_launch(
             x.device,
             lambda: quantize_config(spec, rows, cols, x.element_size(), row_contiguous, pair),
         ).config
+    if config.run > 1 and not (config.fills_runs(x.element_size()) and _loads_pieces(x)):
+        config = replace(config, run=1, square=pair or not row_contiguous)
     row_bytes = spec.packed_cols(cols) | (spec.packed_cols(rows) if pair else 0)
     capabilities = capabilities or gpu.device_capabilities(x.device)
     return Launch(
@@ -269,3 +273,10 @@ def quantize_launch(
         },
         {"num_warps": config.num_warps},
     )
+
+
+def _loads_pieces(x: torch.Tensor) -> bool:
+    """Whether Triton sees that 16 bytes at a time can be loaded. Where it loads less (as for tiles that do not fill
+    runs), neighbours lie with threads that are not, over which Triton 3.6 reduces wrongly."""
+    along, across = sorted(x.stride())
+    return along == 1 and across % 16 == 0 and x.data_ptr() % 16 == 0

@@ -23,6 +23,10 @@ class CastConfig:
     wide: bool = False
     run: int = 1
 
+    def fills_runs(self, bytes_per_element: int) -> bool:
+        """Whether every thread has pieces enough for a run."""
+        return self.tile_rows * self.tile_cols * bytes_per_element >= 64 * 32 * self.num_warps
+
     def __str__(self) -> str:
         square = ", square to a thread" if self.square else ""
         wide = ", 16 bytes at a time" if self.wide else ""

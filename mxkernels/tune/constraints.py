@@ -76,7 +76,9 @@ def _cast_obstacle(problem: Problem, config: CastConfig) -> str | None:
         least_rows = max(least_rows, 32) if problem.op == "quantize_pair" else least_rows
     if problem.op == "quantize_fold":
         least_cols = max(least_cols, 64)
-    runs = (1, 4) if problem.op in ("quantize", "quantize_pair") and not config.square else (1,)
+    runs: tuple[int, ...] = (1,)
+    if problem.op in ("quantize", "quantize_pair") and not config.square:
+        runs = (1, 4) if config.fills_runs(getattr(torch, problem.dtype).itemsize) else (1,)
     return (
         _not_one_of("num_warps", config.num_warps, _WARPS)
         or _not_one_of("run", config.run, runs)

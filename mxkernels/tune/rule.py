@@ -52,7 +52,8 @@ def quantize_config(
         least_rows = max(least_rows, _SMALLEST_SIDE)
     if config.run > 1:
         least_cols = max(least_cols, _SHORTEST_RUN)
-    return _fit(config, least_rows, least_cols, rows, cols)
+    fitting = _fit(config, least_rows, least_cols, rows, cols)
+    return fitting if fitting.fills_runs(bytes_per_element) else replace(fitting, run=1)
 
 
 def dequantize_config(spec: MXSpec, rows: int, cols: int) -> CastConfig:
