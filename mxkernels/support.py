@@ -38,7 +38,7 @@ def _quantize_nearest(element: ElementFormat, capabilities: Capabilities) -> Sup
     if element.name == "e2m1" and capabilities.cvt_e2m1:
         return Support("native", "cvt.rn.satfinite.e2m1x2.f32")
     if small_float and element.bits == 4 and capabilities.ptx:
-        return Support("decoded", "cvt.rn.f16x2.f32")
+        return Support("decoded", "fma.rn.bf16x2" if element.mantissa_bits else "cvt.rz.f16x2.f32")
     return Support("decoded", _ARITHMETIC)
 
 

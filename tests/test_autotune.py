@@ -285,7 +285,7 @@ def h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 def test_what_is_found_serves_from_then_on(h200: Path) -> None:
     (result,) = autotune(QUANTIZE, jobs=1)
-    assert (result.before.origin, result.before_us, result.config.wide) == ("rule", 100, True)
+    assert (result.before.origin, result.before_us, result.config.tile_rows) == ("rule", 100, 2)
     choice = tune.find_config(QUANTIZE, DEVICE, lambda: result.before.config)
     assert choice == Choice(result.config, "cache")
     entry = tune.load(h200).entries(H200, "quantize")[0][QUANTIZE.key]

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "reference": {"formats", "spec", "tensor", "folded"},
     "files": {"formats", "spec", "tensor"},
     "ops.primitives": {"formats", "triton"},
-    "ops.elements": {"ops.primitives", "triton"},
+    "ops.elements": {"ops", "triton"},
     "recipes": {"spec"},
     "modules": set(),
     "ops": {
