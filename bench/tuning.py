@@ -3,7 +3,7 @@
     python bench/tuning.py tuning --results DIR      writes DIR/<gpu>-tuning.json, a row as soon as it is known
 
 For each problem the tuner's own search is run, and after it the exhaustive one: every candidate that compiles is
-compared as by the tuner, and timed for as long as `triton.testing.do_bench` takes (`EACH_S`). The fastest few of that,
+compared as by the tuner, and timed for `EACH_S`. The fastest few of that,
 the tuner's pick, what the shipped table has and what the rule says are then timed against each other, in rounds.
 
 All candidates of all problems are compiled once, in processes side by side, while the GPU works on what is compiled
@@ -49,7 +49,7 @@ from mxkernels.tune.worker import Failure, Handler, Worker
 from mxkernels.tuner import make_compiler, make_runner, task
 
 ROOT = Path(__file__).resolve().parents[1]
-EACH_S = 0.1  # that the exhaustive search times each candidate, in `ROUNDS` rounds
+EACH_S = 0.06  # that the exhaustive search times each candidate, in `ROUNDS` rounds
 ROUNDS = 3
 FLUSH_US = 150.0  # that emptying the L2 cache takes before each call, about
 BUDGET_S = 60.0  # the tuner's, a problem

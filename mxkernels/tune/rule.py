@@ -71,7 +71,13 @@ def dequantize_config(spec: MXSpec, rows: int, cols: int) -> CastConfig:
 
 def fold_config(spec: MXSpec, rows: int, cols: int, turned: bool) -> CastConfig:
     """For a matrix of `rows` x `cols`, which is written transposed if `turned`."""
-    config = CastConfig(64, 128, 4, wide=True) if turned else CastConfig(4, 1024, 4, wide=True)
+    rows_of_block = spec.block.rows
+    if turned:
+        config = CastConfig(32, 512, 4, wide=True) if rows_of_block == 1 else CastConfig(64, 128, 4)
+    elif rows_of_block == 1:
+        config = CastConfig(4, 1024, 4, wide=True)
+    else:
+        config = CastConfig(4, 1024, 2, wide=True) if rows_of_block < 16 else CastConfig(16, 512, 2, wide=True)
     return _fit(config, spec.block.rows, spec.block.cols, rows, cols)
 
 
@@ -83,7 +89,7 @@ def quantize_fold_config(spec: MXSpec, cols: int) -> CastConfig | None:
     least = max(spec.block.cols, 64)
     tile_cols = max(power_of_two_above(cols), least)
     if tile_cols > cols * 9 // 8 or tile_cols * spec.block.rows > 32768:
-        tile_cols = max(min(tile_cols, 2048), least)
+        tile_cols = max(min(tile_cols, 1024), least)
     tile_rows = max(spec.block.rows, 1024 // tile_cols)
     return CastConfig(tile_rows, tile_cols, min(max(tile_rows * tile_cols // 1024, 1), 16), wide=True)
 
