@@ -170,6 +170,8 @@ def wide_matmul_config(m: int, n: int, k: int, exact: bool) -> MatmulConfig:
         return MatmulConfig(32, 64, 32, 4, 1)
     if m <= 64:
         return MatmulConfig(32, 128, 64, 4, 3)
+    if m <= FEW_ROWS:
+        return MatmulConfig(64, 64, 64, 8, 3)
     return MatmulConfig(128, 128, 64, 8, 3)
 
 
