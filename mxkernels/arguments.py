@@ -1,6 +1,7 @@
 """The command's arguments: text in, checked values out. What is wrong with one is said before anything runs.
 
-A mistake is one sentence on stderr that names the argument and what is allowed, with exit code 2.
+A mistake is one sentence on stderr that names the argument and what is allowed, with exit code 2; what goes wrong
+later is one sentence with exit code 1.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ class Mistake(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         click.echo(f"mxkernels: {self.format_message()}", err=True)
+
+
+class Failed(Mistake):
+    """What went wrong without anybody's mistake, after work was done."""
+
+    exit_code = 1
 
 
 class Program(click.Group):

@@ -16,6 +16,7 @@ from tabulate import tabulate
 
 from . import gpu
 from .arguments import (
+    Failed,
     Mistake,
     activations_named,
     checked,
@@ -178,9 +179,7 @@ def tune(
         _dry_run(problems, limits, device, budget, jobs, architecture is not None)
         return
     assert device is not None
-    results = _tuned(problems, device, budget=budget, jobs=jobs, path=path)
-    if results:
-        click.echo(results_table(results))
+    _tune(problems, device, budget=budget, jobs=jobs, path=path)
 
 
 def _device() -> torch.device:
@@ -242,17 +241,24 @@ def _remaining(problems: list[Problem], device: torch.device | None, path: Path 
     return left
 
 
-def _tuned(problems: list[Problem], device: torch.device, **options: Any) -> list[Result]:
+def _tune(problems: list[Problem], device: torch.device, **options: Any) -> None:
+    """Print what was measured, whatever ends it."""
+    results: list[Result] = []
     line = ProgressLine()
     try:
-        results = tune_problems(problems, device, progress=line, **options)
         place = options["path"] or cache_path(Stamp.of(device, problems[0].op))
+        tune_problems(problems, device, progress=line, found=results.append, **options)
     except TableError as error:
-        raise Mistake(str(error)) from None
+        if not results:
+            raise Mistake(str(error)) from None
+        raise Failed(f"{error}; what was stored before the last of these stays, and --resume does the rest") from None
     finally:
         line.clear()
+        if results:
+            click.echo(results_table(results))
+    if all(result.after_us is None for result in results):
+        raise Failed("no problem could be measured, and nothing was stored; the table above says why")
     click.echo(f"Stored in {place}.", err=True)
-    return results
 
 
 class ProgressLine:

@@ -124,14 +124,16 @@ def tune_problems(
     progress: Progress | None = None,
     path: Path | None = None,
     breadth: Breadth | None = None,
+    found: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
-    """`autotune` of problems, in this process alone."""
+    """`autotune` of problems, in this process alone; `found` is called with each result before it is stored."""
     if not problems:
         return []
     limits = Limits.of(device)
     path = store({}, Stamp.of(device, problems[0].op), path)  # says what cannot be written before anything is measured
 
-    def found(result: Result) -> None:
+    def keep(result: Result) -> None:
+        found(result)
         if result.before_us is not None and result.after_us is not None:
             entry = Entry(result.config, result.before_us, result.after_us, date.today().isoformat())
             store({result.problem.key: entry}, Stamp.of(device, result.problem.op), path)
@@ -145,7 +147,7 @@ def tune_problems(
         jobs=jobs or os.cpu_count() or 1,
         breadth=breadth,
         progress=progress or (lambda stage, done, total, text: None),
-        found=found,
+        found=keep,
     )
 
 

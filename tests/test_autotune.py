@@ -382,6 +382,42 @@ def test_the_command(h200: Path) -> None:
     assert len(tune.load(h200).sections) == 2  # of which the folds share one
 
 
+def test_nothing_measured_is_no_success(h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuner, "make_runner", fakes.runner_without_memory)
+    done = command("--op", "quantize", "--shape", "64x512,64x1024", "--jobs", "1")
+    assert done.exit_code == 1
+    assert done.stdout.count("failed: quantize") == 2
+    assert "there is no memory for the operands" in done.stdout
+    assert "Stored in" not in done.output
+    assert done.stderr.splitlines()[-1] == (
+        "mxkernels: no problem could be measured, and nothing was stored; the table above says why"
+    )
+
+
+def test_what_was_measured_is_printed_before_a_write_error(h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full when the second result is stored."""
+    store, stored = tuner.store, []
+
+    def full(entries: dict[str, tune.Entry], *arguments: Any) -> Path:
+        if stored and entries:
+            raise tune.TableError(f"{h200} cannot be written: No space left on device")
+        stored.extend(entries)
+        return store(entries, *arguments)
+
+    monkeypatch.setattr(tuner, "store", full)
+    done = command("--op", "quantize", "--shape", "64x512,64x1024,64x2048", "--jobs", "1")
+    assert done.exit_code == 1
+    assert "64x512" in done.stdout
+    assert "64x1024" in done.stdout
+    assert "64x2048" not in done.stdout
+    assert "Stored in" not in done.output
+    assert done.stderr.splitlines()[-1] == (
+        f"mxkernels: {h200} cannot be written: No space left on device; what was stored before the last of these "
+        "stays, and --resume does the rest"
+    )
+    assert len(stored) == 1
+
+
 def test_resume(h200: Path) -> None:
     first = ["--op", "quantize", "--shape", "64x512", "--jobs", "1"]
     assert command(*first).exit_code == 0

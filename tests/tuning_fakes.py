@@ -122,6 +122,10 @@ def instant_runner(device: object, limits: object) -> Callable[..., Any]:
     return _instant
 
 
+def runner_without_memory(device: object, limits: object) -> Callable[..., Any]:
+    return runner(opens=False)
+
+
 def _instant(request: str, problem: Problem, *arguments: Any) -> Any:
     if request == "open":
         return 50.0
