@@ -262,21 +262,30 @@ def _tune(problems: list[Problem], device: torch.device, **options: Any) -> None
 
 
 class ProgressLine:
-    """The terminal's last line: how much of a stage is done, and the time left."""
+    """The terminal's last line: how much of a stage is done, and the time left. Off a terminal plain lines, each with
+    the seconds since the start: one as a stage begins, and then at most one every `SECONDS`."""
+
+    SECONDS = 15.0
 
     def __init__(self) -> None:
         self._stage = ""
-        self._start = 0.0
+        self._begin = time.monotonic()
+        self._start = self._begin  # of the stage
+        self._next = self._begin
 
     def __call__(self, stage: str, done: int, total: int, text: str) -> None:
         now = time.monotonic()
-        if stage != self._stage:
+        begins = stage != self._stage
+        if begins:
             self._stage, self._start = stage, now
-        if not sys.stderr.isatty():
-            return
         left = f", {clock((now - self._start) / done * (total - done))} left" if done else ""
         verb = {"compile": "compiling", "measure": "measuring"}[stage]
-        click.echo(f"\r\x1b[K{verb} {done}/{total}{left}  {text}"[:150], nl=False, err=True)
+        line = f"{verb} {done}/{total}{left}  {text}".rstrip()
+        if sys.stderr.isatty():
+            click.echo(f"\r\x1b[K{line}"[:150], nl=False, err=True)
+        elif begins or now >= self._next:
+            self._next = now + self.SECONDS
+            click.echo(f"{now - self._begin:4.0f} s  {line}", err=True)
 
     def clear(self) -> None:
         if sys.stderr.isatty():

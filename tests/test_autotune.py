@@ -541,7 +541,7 @@ def test_the_table_at_the_end() -> None:
 
 
 def test_the_progress_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    clock = iter((0.0, 10.0, 20.0, 100.0))
+    clock = iter((0.0, 0.0, 10.0, 20.0, 100.0))
     monkeypatch.setattr(cli_tune.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     line = cli_tune.ProgressLine()
@@ -558,6 +558,30 @@ def test_the_progress_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         "measuring 0/4  quantize",
         "",
     ]
+
+
+def test_progress_off_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line at each stage's start, and then at most one every 15 seconds."""
+    clock = iter((100.0, 102.0, 110.0, 117.0, 131.9, 140.0, 141.0, 155.0))
+    monkeypatch.setattr(cli_tune.time, "monotonic", lambda: next(clock))
+    line = cli_tune.ProgressLine()
+    for done in (0, 10, 20, 30):
+        line("compile", done, 40, "quantize")
+    for done in (0, 1, 2):
+        line("measure", done, 4, "dequantize")
+    line.clear()
+    assert capsys.readouterr().err.splitlines() == [
+        "   2 s  compiling 0/40  quantize",
+        "  17 s  compiling 20/40, 0:15 left  quantize",
+        "  40 s  measuring 0/4  dequantize",
+        "  55 s  measuring 2/4, 0:15 left  dequantize",
+    ]
+
+
+def test_the_command_says_that_it_began(h200: Path) -> None:
+    done = command("--op", "quantize", "--shape", "64x512", "--jobs", "1")
+    said = [line.split(" s  ")[1].split("  ")[0] for line in done.stderr.splitlines()[:2]]
+    assert said == ["compiling 0/32", "measuring 0/1"]
 
 
 # --- the recorded measurements -----------------------------------------------------------------------------

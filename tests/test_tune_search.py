@@ -203,7 +203,7 @@ def test_a_progress_line_is_told_how_much_is_done() -> None:
         found=found.append,
     )
     assert [each[:3] for each in told] == [
-        *(("compile", done, 4) for done in range(1, 5)),
+        *(("compile", done, 4) for done in range(5)),
         *(("measure", done, 2) for done in range(3)),
     ]
     assert found == results

@@ -183,6 +183,7 @@ def compile_all(
                         outcomes[request] = failure
                 progress("compile", len(outcomes), total, str(request[0]))
 
+    progress("compile", 0, total, "")
     with ThreadPoolExecutor(max(min(jobs, total), 1)) as threads:
         try:
             for each in [threads.submit(work) for _ in range(min(jobs, total))]:
