@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -42,6 +43,7 @@ from .tune.task import Result
 from .tuner import make_compiler, problems_of, task, tune_problems, tuning_device, untuned
 
 OPS = (*CASTS, "matmul")
+_MAX_ELEMENTS = 1 << 56  # of a matrix; torch counts its bytes in 63 bits
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -161,17 +163,25 @@ def tune(
     """
     if architecture is not None and not dry_run:
         raise Mistake("Invalid value for '--architecture': configs are measured on the GPU at hand; allowed: --dry-run")
+    if dry_run and path is not None and not resume:
+        raise Mistake("Invalid value for '--export': a dry run stores nothing; allowed: with --resume, or no --dry-run")
     if triton_version() is None:
         raise Mistake("Triton is not installed, and nothing can be compiled; pip install 'mxkernels[triton]'")
     (overrides,) = spec_overrides([], rounding, scale_rounding, asymmetric)
     blocked = spec_overrides(blocks, rounding, scale_rounding, asymmetric)
     chosen = [overridden(spec, override) for spec in specs for override in blocked]
     device = None if architecture or (dry_run and not torch.cuda.is_available()) else _device()
+    if resume and device is None:
+        raise Mistake(
+            "Invalid value for '--resume': what is stored is looked up for the GPU at hand; allowed: where torch sees "
+            "one, without --architecture"
+        )
     limits = Limits.of(device) if device else Limits.assumed(architecture or "sm_90")
     problems = _problems(ops, chosen, shapes, activations, overrides, DTYPES[dtype], limits)
     if not problems:
         raise Mistake("There is nothing to tune: no --op serves these; allowed for fold: symmetric, 4 or 6 bits")
     if resume:
+        assert device is not None
         problems = _remaining(problems, device, path)
         if not problems:
             return
@@ -207,17 +217,26 @@ def _problems(
     able = limits.capabilities
     found = [
         problem
-        for rows, cols in (shape for shape in matrices)
+        for rows, cols in map(_countable, matrices)
         for spec in specs
         for op in casts
         for problem in cast_problems(op, spec, rows, cols, dtype, able)
     ]
     if "matmul" in ops:
-        for _, (m, n, k) in product_shapes(named or [("", DEFAULT_WEIGHT["cuda"])], ROWS["cuda"]):
+        for _, shape in product_shapes(named or [("", DEFAULT_WEIGHT["cuda"])], ROWS["cuda"]):
+            m, n, k = _countable(shape)
             for b in specs:
                 for a in _left(activations, b, overrides, m):
                     found += product_problems(m, n, k, a, b, able)
     return problems_of(found)
+
+
+def _countable(shape: Shape) -> Shape:
+    """A shape whose matrices have as many elements as can be reckoned with."""
+    if math.prod(sorted(shape)[-2:]) > _MAX_ELEMENTS:
+        text = "x".join(map(str, shape))
+        raise Mistake(f"Invalid value for '--shape': {text}; allowed: at most {_MAX_ELEMENTS} elements a matrix")
+    return shape
 
 
 def _left(activations: Source | None, b: MXSpec, overrides: dict[str, Any], m: int) -> list[Source]:
@@ -230,9 +249,7 @@ def _left(activations: Source | None, b: MXSpec, overrides: dict[str, Any], m: i
     return [b, torch.bfloat16] if m <= MAX_ROWS else [b]
 
 
-def _remaining(problems: list[Problem], device: torch.device | None, path: Path | None) -> list[Problem]:
-    if device is None:
-        return problems
+def _remaining(problems: list[Problem], device: torch.device, path: Path | None) -> list[Problem]:
     try:
         left = untuned(problems, device, path)
     except TableError as error:

@@ -455,6 +455,35 @@ def test_dry_run() -> None:
     assert "7 problems, 7:00 at the most." in done.stderr
 
 
+def test_a_dry_run_without_a_gpu_does_not_resume() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = command("--op", "quantize", "--shape", "64x512", "--dry-run", "--resume")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("mxkernels: Invalid value for '--resume': ")
+
+
+def test_a_dry_run_resumes(h200: Path, tmp_path: Path) -> None:
+    """What is stored in the cache, or in the table that would be written, is left out."""
+    path = tmp_path / "table.json"
+    arguments = ["--op", "quantize", "--shape", "64x512", "--jobs", "1"]
+    assert command(*arguments, "--export", str(path)).exit_code == 0
+    arguments += ["--shape", "64x1024", "--dry-run", "--resume"]
+    assert "2 problems, " in command(*arguments).stderr
+    done = command(*arguments, "--export", str(path))
+    assert "1 of 2 problems are stored already." in done.stderr
+    assert "1 problems, " in done.stderr
+
+
+def test_the_largest_shape() -> None:
+    done = command(
+        "--op", "quantize,dequantize,fold", "--shape", f"1x{1 << 56},{1 << 56}x1,{1 << 28}x{1 << 28}", "--dry-run"
+    )
+    assert done.exit_code == 0, done.output
+    done = command("--op", "matmul", "--shape", f"{1 << 28}x{1 << 28}x{1 << 28}", "--dry-run")
+    assert done.exit_code == 0, done.output
+
+
 def test_dry_run_for_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiles, and says how many would run."""
     monkeypatch.setattr(cli_tune, "make_compiler", fakes.counting_compiler)
@@ -503,6 +532,11 @@ def test_few_rows_are_multiplied_plain_too() -> None:
         (["--shape", "8x8x8x8", "--dry-run"], "Invalid value for '--shape'"),
         (["--op", "quantize", "--shape", "8x8x8", "--dry-run"], "Invalid value for '--shape'"),
         (["--export", "/no/such/folder/table.json"], "there is no folder /no/such/folder"),
+        (["--export", "table.json", "--dry-run"], "Invalid value for '--export': a dry run stores nothing; allowed: "),
+        (["--resume", "--dry-run", "--architecture", "sm_90"], "Invalid value for '--resume': what is stored is"),
+        (["--shape", "1000000000000x1000000000000", "--dry-run"], "'--shape': 1000000000000x1000000000000; allowed: "),
+        (["--shape", "1000000000000x16x1000000000000", "--op", "matmul", "--dry-run"], "elements a matrix"),
+        (["--shape", f"{1 << 56}x1", "--op", "matmul", "--dry-run"], "elements a matrix"),  # of the product
     ],
 )
 def test_mistakes(arguments: list[str], says: str) -> None:
