@@ -295,11 +295,17 @@ def test_what_is_no_table(path: Path, name: str) -> None:
         tune.load(path)
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 1000
-    tune.store({PROBLEM.key: entry(cast(1))}, H200, path)
+    with pytest.warns(
+        UserWarning, match="is no table of configs: .*; it is set aside as .*table.json.broken$"
+    ) as warned:
+        tune.store({PROBLEM.key: entry(cast(1))}, H200, path)
+    assert len(warned) == 1
+    assert len(str(warned[0].message).splitlines()) == 1
     assert stored(path) == {PROBLEM.key: entry(cast(1))}
     assert path.with_name("table.json.broken").read_bytes() == HOSTILE[name]
     path.write_bytes(HOSTILE[name] + b" ")
-    tune.store({PROBLEM.key: entry(cast(1))}, H200, path)
+    with pytest.warns(UserWarning, match="it is set aside as .*table.json.broken-2$"):
+        tune.store({PROBLEM.key: entry(cast(1))}, H200, path)
     assert path.with_name("table.json.broken-2").read_bytes() == HOSTILE[name] + b" "
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import stat
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -161,7 +162,8 @@ def store(entries: dict[str, Entry], stamp: Stamp, path: Path | None = None) -> 
     """Merge entries, by `Problem.key`, into a file: those of the same stamp and key are replaced, others stay.
 
     The file is replaced as a whole, under a lock, so that whoever reads it or dies meanwhile leaves a valid one. One
-    that is no table is set aside as `.broken`; what is no regular file, a folder, pipe or device, is left alone.
+    that is no table is set aside as `.broken`, with a warning; what is no regular file, a folder, pipe or device, is
+    left alone.
 
     Args:
         entries: of ops whose stamp it is.
@@ -180,16 +182,19 @@ def store(entries: dict[str, Entry], stamp: Stamp, path: Path | None = None) -> 
     path = cache_path(stamp) if path is None else path
     with suppress(OSError):
         _file_size(path)  # refuses others before a lock is made beside them
+    warning = None
     with _locked(path):
         try:
             table = load(path)
-        except BrokenTable:
-            _set_aside(path)
+        except BrokenTable as error:
+            warning = f"{error}; it is set aside as {_set_aside(path)}"
             table = Table()
         if values:
             table.sections.setdefault(stamp, {}).update(values)
         _replace(path, table.text())
     TABLES_CHANGED.happened()
+    if warning is not None:
+        warnings.warn(warning, stacklevel=2)
     return path
 
 
@@ -279,13 +284,14 @@ def _replace(path: Path, text: str) -> None:
         raise
 
 
-def _set_aside(path: Path) -> None:
-    """Rename what is no table, to a name that is free."""
+def _set_aside(path: Path) -> Path:
+    """Rename what is no table, to a name that is free, which is returned."""
     number, aside = 1, path.with_name(path.name + ".broken")
     while os.path.lexists(aside):
         number += 1
         aside = path.with_name(f"{path.name}.broken-{number}")
     os.rename(path, aside)
+    return aside
 
 
 def _why(error: Exception) -> str:
