@@ -43,7 +43,7 @@ from mxkernels.tune import Choice, Config, Problem
 from mxkernels.tune.contest import Contest, NoOperands
 from mxkernels.tune.limits import Footprint, Limits
 from mxkernels.tune.location import VARIABLE
-from mxkernels.tune.search import COMPILE_S, COMPILING, Breadth, Progress, fastest, shortlist
+from mxkernels.tune.search import COMPILE_S, COMPILING, Breadth, Progress, fastest, shortlist, usable_cpus
 from mxkernels.tune.task import Fault, Result, Task
 from mxkernels.tune.worker import Failure, Handler, Worker
 from mxkernels.tuner import make_compiler, make_runner, task
@@ -350,7 +350,7 @@ def main() -> None:
 def measure(results: Path, device: torch.device) -> list[Row]:
     """Measure what has no row yet, and write each as soon as it is known. All rows."""
     limits = Limits.of(device)
-    jobs = max((os.cpu_count() or 1) - FREE_CORES, 1)
+    jobs = max(usable_cpus() - FREE_CORES, 1)
     setup = Setup(limits, partial(make_compiler, limits), partial(make_runner, device, limits), jobs, Lines())
     shipped = {problem: task(problem, limits, device).before for problem in PROBLEMS}
     sources = digest(ROOT / "mxkernels", ROOT / "bench")

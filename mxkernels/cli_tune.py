@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -38,7 +37,7 @@ from .problems import CASTS, cast_problems, product_problems
 from .spec import Block, MXSpec
 from .tune import Problem, Stamp, TableError, cache_path
 from .tune.limits import MODELS, Footprint, Limits
-from .tune.search import Breadth, compile_all, shortlist, survivors
+from .tune.search import Breadth, compile_all, shortlist, survivors, usable_cpus
 from .tune.task import Result
 from .tuner import make_compiler, problems_of, task, tune_problems, tuning_device, untuned
 
@@ -108,7 +107,9 @@ def architecture_named(text: str) -> str:
     callback=checked(seconds_named),
     help="For each problem, on average: 90, 90s or 2m. Most need far less.  [default: 60s]",
 )
-@click.option("--jobs", type=click.IntRange(1), help="Processes that compile.  [default: one a CPU]")
+@click.option(
+    "--jobs", type=click.IntRange(1), help="Processes that compile.  [default: one for each CPU that it may use]"
+)
 @click.option("--resume", is_flag=True, help="Leave out what is stored for this GPU, Triton and these kernels already.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done. Needs no GPU.")
 @click.option(
@@ -346,7 +347,7 @@ def _dry_run(
     if compiles:
         requests = [(each.problem, config) for each, configs in zip(tasks, chosen, strict=True) for config in configs]
         line, seconds = ProgressLine(), budget * len(problems)
-        outcomes = compile_all(requests, partial(make_compiler, limits), jobs or os.cpu_count() or 1, seconds, line)
+        outcomes = compile_all(requests, partial(make_compiler, limits), jobs or usable_cpus(), seconds, line)
         line.clear()
         headers += ["compiled", "to run"]
         for row, each, configs in zip(rows, tasks, chosen, strict=True):

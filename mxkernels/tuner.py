@@ -6,7 +6,6 @@ processes that compile and run their launches, and what becomes of the results.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date, timedelta
 from functools import partial
@@ -19,7 +18,7 @@ from torch import distributed
 from .tune import Choice, Config, Entry, Problem, Stamp, cache_path, find_config, load, recording, share, store
 from .tune.limits import Footprint, Limits
 from .tune.ranks import joined, one_of_many
-from .tune.search import Breadth, Progress, search
+from .tune.search import Breadth, Progress, search, usable_cpus
 from .tune.space import candidates
 from .tune.task import Result, Task
 from .tune.worker import Handler
@@ -44,7 +43,7 @@ def autotune(
     Args:
         what: a callable, which is run once, and every problem that it meets is tuned; or the problems.
         budget: seconds for each problem, on average; most need far fewer.
-        jobs: processes that compile; None is one a CPU.
+        jobs: processes that compile; None is one for each CPU that this process may use.
         progress: called with the stage ("compile" or "measure"), how much of it is done, of how much, and what is next.
         path: of the table that is written; None is the user's cache.
 
@@ -144,7 +143,7 @@ def tune_problems(
         partial(make_compiler, limits),
         partial(make_runner, device, limits),
         budget_s=budget,
-        jobs=jobs or os.cpu_count() or 1,
+        jobs=jobs or usable_cpus(),
         breadth=breadth,
         progress=progress or (lambda stage, done, total, text: None),
         found=keep,

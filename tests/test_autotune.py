@@ -310,6 +310,27 @@ def test_each_result_is_stored_at_once(h200: Path, monkeypatch: pytest.MonkeyPat
     assert untuned(problems, DEVICE) == problems[1:]
 
 
+def test_as_many_compile_as_may_run(h200: Path, monkeypatch: pytest.MonkeyPatch, measurements: Any) -> None:
+    """By default: affinity, as of a job's share of a machine, counts, where the system has it."""
+    seen: list[int] = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 7}, raising=False)
+    monkeypatch.setattr(tuner, "search", lambda *arguments, jobs, **options: seen.append(jobs) or [])
+    monkeypatch.setattr(cli_tune, "compile_all", lambda *arguments: seen.append(arguments[2]) or {})
+    autotune(QUANTIZE)
+    autotune(QUANTIZE, jobs=2)
+    command("--op", "quantize", "--shape", "64x512", "--dry-run", "--architecture", "sm_90")
+    assert seen == [3, 2, 3]
+    monkeypatch.setattr(measurements, "Setup", lambda *arguments: seen.append(arguments[3]))
+    monkeypatch.setattr(measurements, "PROBLEMS", ())
+    monkeypatch.setattr(measurements, "rows", lambda tasks, shipped, setup: [])
+    measurements.measure(h200.parent, DEVICE)
+    assert seen[3:] == [1]
+    monkeypatch.delattr(os, "sched_getaffinity")
+    autotune(QUANTIZE)
+    assert seen[4:] == [64]
+
+
 def test_another_table(h200: Path, tmp_path: Path) -> None:
     path = tmp_path / "shipped.json"
     tune_problems([QUANTIZE], DEVICE, budget=60, jobs=1, path=path)

@@ -6,6 +6,7 @@ compiler says of them ranks them again; the best of those are run against each o
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -151,6 +152,13 @@ def _by_rank(tasks: Sequence[Task], chosen: Sequence[Sequence[Config]]) -> Itera
 # --- compiling ---------------------------------------------------------------------------------------------
 
 Request = tuple[Problem, Config]
+
+
+def usable_cpus() -> int:
+    """The CPUs that this process may use, of which affinity can leave it fewer than there are: as many compile."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def compile_all(
