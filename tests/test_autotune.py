@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -503,6 +504,19 @@ def test_the_largest_shape() -> None:
     assert done.exit_code == 0, done.output
     done = command("--op", "matmul", "--shape", f"{1 << 28}x{1 << 28}x{1 << 28}", "--dry-run")
     assert done.exit_code == 0, done.output
+
+
+def test_the_readmes_two_minutes() -> None:
+    """What its commands may take, by their budgets, and the problems that it counts."""
+    section = (ROOT / "README.md").read_text("utf-8").split("## A new GPU in two minutes")[1].split("\n## ")[0]
+    lines = [line for line in re.findall(r"^mxkernels tune(.*)", section, re.MULTILINE) if "--dry-run" not in line]
+    assert len(lines) == 2
+    for line in lines:
+        arguments, comment = line.split("#")
+        done = command(*arguments.split(), "--dry-run")
+        problems, minutes, seconds = re.findall(r"(\d+) problems, (\d+):(\d+) at the most", done.stderr)[0]
+        assert int(minutes) * 60 + int(seconds) <= 130
+        assert f" {problems} " in comment
 
 
 def test_dry_run_for_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
