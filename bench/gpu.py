@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def shipped_table() -> Path:
 
 
 def run(piece: Piece) -> dict[str, Any]:
-    """Run a piece to its end or its limit. Its record."""
+    """Run a piece to its end or its limit, and print its lines as they come. Its record."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     start = time.monotonic()
     process = subprocess.Popen(
@@ -111,12 +112,25 @@ def run(piece: Piece) -> dict[str, Any]:
         errors="replace",
         start_new_session=True,  # so that what it starts ends with it
     )
-    try:
-        output, _ = process.communicate(timeout=LIMIT_S)
-        status = {0: "passed", NO_TESTS_RAN: "nothing ran"}.get(process.returncode, "failed")
-    except subprocess.TimeoutExpired:
+    ended = threading.Event()
+
+    def end() -> None:
+        ended.set()
         os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
+
+    limit = threading.Timer(LIMIT_S, end)
+    limit.start()
+    output = ""
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            output += line
+    finally:
+        limit.cancel()
+    process.wait()
+    status = {0: "passed", NO_TESTS_RAN: "nothing ran"}.get(process.returncode, "failed")
+    if ended.is_set():
         status = "timed out"
     return {
         "piece": piece.name,
@@ -153,8 +167,6 @@ def run_all(results: Path, chosen: list[Piece], again: bool) -> Iterator[bool]:
         outcome = run(piece)
         (results / f"{piece.name}.json").write_text(json.dumps(outcome, indent=1) + "\n", "utf-8")
         print(f"{piece.name}: {outcome['status']} in {outcome['seconds']} s", flush=True)
-        if outcome["status"] != "passed":
-            print(outcome["output_tail"], flush=True)
         yield outcome["status"] in ("passed", "nothing ran")
 
 

@@ -699,6 +699,27 @@ def test_pieces_are_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert list(gpu.run_all(tmp_path, [piece], again=False)) == [True]  # other sources: run again
 
 
+def test_a_pieces_lines_are_printed_as_they_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each before the next: the piece waits until its first is seen."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import gpu
+
+    seen: list[str] = []
+    monkeypatch.setattr(gpu, "LIMIT_S", 20)
+    sign = tmp_path / "seen"
+    waits = "import sys, time, pathlib; print('first', flush=True)\n"
+    waits += f"while not pathlib.Path({str(sign)!r}).exists(): time.sleep(0.01)\nprint('second')"
+
+    def show(line: str, **options: object) -> None:
+        seen.append(line)
+        sign.touch()
+
+    monkeypatch.setattr(gpu, "print", show, raising=False)
+    recorded = gpu.run(gpu.Piece("waits", ("-c", waits)))
+    assert seen == ["first\n", "second\n"]
+    assert (recorded["status"], recorded["output_tail"]) == ("passed", "first\nsecond\n")
+
+
 def test_a_piece_ends_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     import gpu
