@@ -107,6 +107,9 @@ CASES = (
     Case("quantize", "int8 1x32 stochastic floor symmetric"),
     # blocks down the columns
     Case("quantize", "e2m1 32x1 rtne even symmetric", FP16),
+    # what registers hold least of
+    Case("quantize", "e2m1 32x1 rtne even symmetric", FP32),
+    Case("quantize", "e2m1 32x32 stochastic even asymmetric", FP32, cols=16381),
     # memory: columns contiguous, both orientations, tiles cut by the edge, rows of odd bytes
     Case("quantize", "e2m1 1x32 rtne even symmetric", transposed=True),
     Case("quantize_pair", "e2m1 1x32 rtne even symmetric"),

@@ -34,7 +34,7 @@ def quantize_config(
         along = block.rows == 1 and bits == 4
         config = CastConfig(128, 128, 4, wide=True, run=4) if along else CastConfig(128, 128, 8, square=True, wide=True)
     elif min(block.rows, block.cols) >= 32:
-        config = CastConfig(32, 256, 2, wide=True)
+        config = CastConfig(32, 256, 2 if light else 4, wide=True)
     elif block.rows >= 16:
         config = CastConfig(32, 128 if light else 64, 1, square=True, wide=True)
     elif bits == 6:
@@ -45,6 +45,9 @@ def quantize_config(
         config = CastConfig(4, 1024, 2) if spec.stochastic else CastConfig(8, 1024, 4)
     else:
         config = CastConfig(1, 4096, 2 if spec.stochastic else 4, wide=True, run=4)
+    elements = config.tile_rows * config.tile_cols // (32 * config.num_warps)  # a thread
+    if bytes_per_element == 4 and elements >= 64 and (block.rows >= 16 or not light):
+        config = replace(config, num_warps=2 * config.num_warps)  # registers hold half as many
     least_rows, least_cols = block.rows, block.cols
     if pair:
         least_rows = least_cols = max(least_rows, least_cols)
