@@ -100,6 +100,12 @@ def test_each_gpu_has_its_instructions(able: gpu.Capabilities, executed: set[str
     assert {"mul.rz.f32", "cvt.rn.bf16x2.f32"} <= executed
 
 
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_a_new_format_is_a_row(rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the fast paths of 4 bits do not serve it: stochastically, for its bias."""
+    test_kernels.test_a_new_format_is_a_row(rounding, monkeypatch)
+
+
 # --- device functions --------------------------------------------------------------------------------------
 
 

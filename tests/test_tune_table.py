@@ -255,6 +255,8 @@ def test_tiles_hold_whole_blocks_rows_and_words() -> None:
     assert "run is 4; allowed: 1" in words("dequantize", SPEC, (64, 64), 16, 64, 1, *run)
     assert "run is 4; allowed: 1" in words("quantize", SPEC, (64, 64), 8, 64, 1, *run)  # half a run to a thread
     assert not words("quantize", SPEC, (64, 64), 16, 64, 1, *run)
+    with pytest.raises(ValueError, match="float99"):
+        tune.obstacle(tune.Problem("quantize", SPEC, "float99", "rows", (64, 64)), tune.CastConfig(16, 64, 1, *run))
 
 
 # --- files that are no tables ------------------------------------------------------------------------------

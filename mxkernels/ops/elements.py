@@ -111,7 +111,7 @@ def encode_words(x, factor, keep, random, SPEC: tl.constexpr, GPU: tl.constexpr)
     elif ELEMENT.name == "e2m1" and not SPEC.stochastic and GPU.cvt_e2m1:
         low, high = split2(hardware_e2m1(to_fp32(x) * factor))
         return (low | (high << 16)) & pack(kept, 4)
-    elif not ELEMENT.twos_complement and ELEMENT.bits == 4 and GPU.ptx:
+    elif not ELEMENT.twos_complement and ELEMENT.bits == 4 and GPU.ptx and fp4_serves(SPEC):
         return fp4_words(x, factor, random, SPEC, GPU) & pack(kept, 4)
     else:
         EXACT_BITS: tl.constexpr = 24 if x.dtype == tl.float32 else (8 if x.dtype == tl.bfloat16 else 11)
@@ -209,12 +209,12 @@ def fp8_table_assembly(element, carrier):
 # --- 4-bit floats by PTX: eight elements to a word ----------------------------------------------------------
 #
 # The elements are operands $1 … $8: fp32; or, `paired`, four words of two bf16, then four words of their factors.
-# Random words follow, $9 … $12. Each function gives PTX for a step; `x` and `y` are registers for two elements.
+# Random words follow, $9 … $12.
 
 
 @triton.jit
 def fp4_words(x, factor, random, SPEC: tl.constexpr, GPU: tl.constexpr):
-    """`encode_words` of E2M1 and E3M0, all kept."""
+    """`encode_words` of 4-bit floats, all kept, where `fp4_serves`."""
     PAIRED: tl.constexpr = x.dtype == tl.bfloat16 and (SPEC.stochastic or SPEC.element.mantissa_bits > 0)
     if PAIRED:
         # a power of two is its upper half
@@ -236,13 +236,20 @@ def fp4_words(x, factor, random, SPEC: tl.constexpr, GPU: tl.constexpr):
         )  # fmt: skip
     else:
         return tl.inline_asm_elementwise(
-            nearest_fp4_pairs_assembly(SPEC, GPU) if PAIRED else nearest_fp4_assembly(SPEC, GPU), "=&r" + OPERANDS,
+            nearest_fp4_pairs_assembly(SPEC) if PAIRED else nearest_fp4_assembly(SPEC, GPU), "=&r" + OPERANDS,
             [x0, x1, x2, x3, x4, x5, x6, x7], tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
 
 
 @triton.constexpr_function
-def nearest_fp4_pairs_assembly(spec, gpu):
+def fp4_serves(spec):
+    """Whether what is below is right for a format: stochastic sums need a normal 2**(bias - 127), and a code beyond the
+    largest to be the one that a fourth bit marks."""
+    return not spec.stochastic or (spec.element.bias >= 1 and spec.element.max_code == 7)
+
+
+@triton.constexpr_function
+def nearest_fp4_pairs_assembly(spec):
     """PTX to nearest-even, of bf16 pairs, for formats with a mantissa.
 
     With p the power of two at or below |v|, but at least the format's smallest normal number, p * (128 + c) steps of

@@ -138,7 +138,7 @@ class Layout:
             4 bytes that the config moves at a time.
         whole: tiles fill the matrix, so nothing needs a mask.
         row_contiguous: the elements of a row are neighbours in memory.
-        wide_counter: eights of elements, which random numbers are counted by, may be 2**32 or more.
+        wide_counter: there may be more than 2**32 eights of elements, which random numbers are counted by.
     """
 
     alignment: int

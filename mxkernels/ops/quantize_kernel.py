@@ -277,6 +277,6 @@ def quantize_launch(
 
 def _loads_pieces(x: torch.Tensor) -> bool:
     """Whether Triton sees that 16 bytes at a time can be loaded. Where it loads less (as for tiles that do not fill
-    runs), neighbours lie with threads that are not, over which Triton 3.6 reduces wrongly."""
+    runs), neighbours lie with threads that are not, and kernels that Triton 3.6 compiled so gave wrong bytes."""
     along, across = sorted(x.stride())
     return along == 1 and across % 16 == 0 and x.data_ptr() % 16 == 0

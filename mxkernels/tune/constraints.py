@@ -78,7 +78,7 @@ def _cast_obstacle(problem: Problem, config: CastConfig) -> str | None:
         least_cols = max(least_cols, 64)
     runs: tuple[int, ...] = (1,)
     if problem.op in ("quantize", "quantize_pair") and not config.square:
-        runs = (1, 4) if config.fills_runs(getattr(torch, problem.dtype).itemsize) else (1,)
+        runs = (1, 4) if config.fills_runs(_dtype(problem.dtype).itemsize) else (1,)
     return (
         _not_one_of("num_warps", config.num_warps, _WARPS)
         or _not_one_of("run", config.run, runs)
