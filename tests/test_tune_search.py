@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -108,24 +109,28 @@ def test_a_problem_without_operands_costs_itself() -> None:
 
 
 def test_a_worker_killed_from_outside(tmp_path: Path) -> None:
-    """Whatever it was busy with is out; the rest goes on in another, which opens the problem again."""
+    """The candidate that it was busy with is out; the rest goes on in another, which opens the problem again."""
     log = tmp_path / "log"
-    tasks = [task(*map(config, range(100, 60, -1)), number=number) for number in range(2)]
+    log.touch()
+    bad = config(10, fakes.HANGS_LATER)
+    tasks = [task(config(100), bad, config(80), config(90)), task(config(100), config(80), number=1)]
+    busy = re.compile(rf"^time (\d+) {re.escape(str(bad))}$", re.MULTILINE)
 
     def kill() -> None:
-        while not log.exists() or "time" not in log.read_text():
+        while not (found := busy.search(log.read_text())):
             time.sleep(0.01)
-        os.kill(int(log.read_text().split()[-1]), signal.SIGKILL)
+        os.kill(int(found[1]), signal.SIGKILL)
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     results = run(*tasks, runner=partial(fakes.runner, log=str(log)))
-    killer.join()
-    faults = [fault.reason for result in results for fault in result.faults]
-    assert faults == ["it crashed: its process ended with signal 9, SIGKILL"]
-    assert all(result.gain > 1 for result in results)
-    processes = {line.split()[1] for line in log.read_text().splitlines()}
-    assert len(processes) == 2
+    killer.join(60.0)
+    faults = [(fault.config, fault.reason) for result in results for fault in result.faults]
+    assert faults == [(bad, "it crashed: its process ended with signal 9, SIGKILL")]
+    assert [result.config for result in results] == [config(80)] * 2
+    opened = re.findall(r"^open (\d+)", log.read_text(), re.MULTILINE)
+    assert len(opened) == 3  # the first problem twice
+    assert len(set(opened)) == 2
 
 
 # --- what is compiled, and what is run -----------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 from mxkernels.tune import CastConfig, Problem
 from mxkernels.tune.limits import Footprint
 
-GOOD, CRASHES, HANGS, WRONG, RAISES, SPILLS, FAILS_LATER = 1, 2, 3, 4, 5, 6, 7
+GOOD, CRASHES, HANGS, WRONG, RAISES, SPILLS, FAILS_LATER, HANGS_LATER = 1, 2, 3, 4, 5, 6, 7, 8
 
 
 def config(us: int, does: int = GOOD) -> CastConfig:
@@ -42,14 +42,15 @@ def _compile(misbehaves: tuple[int, ...], log: str | None, problem: Problem, con
 
 
 def runner(noise_us: float = 0.0, opens: bool = True, log: str | None = None) -> Callable[..., Any]:
-    """Runs candidates; `noise_us` is by how much every other sample takes longer."""
+    """Runs candidates; `noise_us` is by how much every other sample takes longer. Each request is a line in the file
+    `log`: what it is, the process, and the candidate, if it is of one."""
     return partial(_run, noise_us, opens, log)
 
 
 def _run(noise_us: float, opens: bool, log: str | None, request: str, problem: Problem, *arguments: Any) -> Any:
     if log is not None:
         with open(log, "a") as file:
-            file.write(f"{request} {os.getpid()}\n")
+            file.write(f"{request} {os.getpid()} {arguments[0] if arguments else ''}\n")
     if request == "open":
         if not opens:
             raise MemoryError("there is no memory for the operands")
@@ -59,6 +60,8 @@ def _run(noise_us: float, opens: bool, log: str | None, request: str, problem: P
         return _misbehave(config)
     if config.num_warps == FAILS_LATER:
         os._exit(139)
+    if config.num_warps == HANGS_LATER:
+        time.sleep(3600)
     return tuple(config.tile_cols + noise_us * (sample % 2) for sample in range(arguments[1]))
 
 
