@@ -2,7 +2,8 @@
 
     python bench/casts.py GROUP --results DIR      writes DIR/<gpu>-<GROUP>.json
 
-The schema is that of `mxkernels bench --format json`; that of `transforms` is what remains of it without a spec.
+The schema is that of `mxkernels bench --format json`; that of `transforms`, and of what `overhead` compares with, is
+what remains of it without a spec.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from mxkernels.bench import Bench, Case
 from mxkernels.environment import device_name
 from mxkernels.ops import hadamard
 from mxkernels.ops.transform import random_signs
-from mxkernels.perf import DEFAULT_SHAPE, Ceilings, time_call
+from mxkernels.perf import DEFAULT_SHAPE, Ceilings, time_call, time_host
 from mxkernels.recipes import HADAMARD_SIZES
+from mxkernels.tune import Problem, find_config, quantize_config
 
 LARGE = DEFAULT_SHAPE["cuda"]
 E2M1 = MXSpec("e2m1")
@@ -121,8 +123,25 @@ def transforms(device: torch.device, shape: tuple[int, ...] = LARGE, seconds: fl
     return rows
 
 
+def host_parts(device: torch.device) -> list[dict[str, Any]]:
+    """A row for how long the host is busy with looking a config up that is known, which is part of a first call; and
+    one for a call of torch's that does what a cast does: it allocates two tensors and launches a kernel."""
+    x = torch.randn(64, 64, device=device)
+    problem = Problem.of("quantize", E2M1, x.dtype, "rows", *x.shape)
+    rule = partial(quantize_config, E2M1, *x.shape, x.element_size(), True, False)
+    calls = {"find_config": partial(find_config, problem, device, rule), "torch.frexp": partial(torch.frexp, x)}
+    rows = []
+    for name, call in calls.items():
+        rows.append({"op": name, "device": device_name(device), "host_us": time_host(call, device).median_us})
+        print(f"{name}: {rows[-1]['host_us']:.2f} us of the host", flush=True)
+    return rows
+
+
 def rows_of(group: str, device: torch.device) -> list[dict[str, Any]]:
-    return transforms(device) if group == "transforms" else measure(group, Bench(device), GROUPS[group]())
+    if group == "transforms":
+        return transforms(device)
+    rows = measure(group, Bench(device), GROUPS[group]())
+    return rows + host_parts(device) if group == "overhead" else rows
 
 
 if __name__ == "__main__":

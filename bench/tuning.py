@@ -43,7 +43,17 @@ from mxkernels.tune import Choice, Config, Problem
 from mxkernels.tune.contest import Contest, NoOperands
 from mxkernels.tune.limits import Footprint, Limits
 from mxkernels.tune.location import VARIABLE
-from mxkernels.tune.search import COMPILE_S, COMPILING, Breadth, Progress, fastest, shortlist, usable_cpus
+from mxkernels.tune.search import (
+    BREADTHS,
+    COMPILE_S,
+    COMPILING,
+    Progress,
+    fastest,
+    shortlist,
+    survivors,
+    usable_cpus,
+    wider,
+)
 from mxkernels.tune.task import Fault, Result, Task
 from mxkernels.tune.worker import Failure, Handler, Worker
 from mxkernels.tuner import make_compiler, make_runner, task
@@ -105,12 +115,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Case:
-    """A problem; what a user has for it without tuning; what the tuner's search compiles of it; and what will become
-    of all its candidates."""
+    """A problem; what a user has for it without tuning; and what will become of all its candidates."""
 
     task: Task
     shipped: Choice[Any]
-    chosen: Sequence[Config]
     outcomes: Mapping[Config, Future[Outcome]]
 
     def said(self, configs: Iterable[Config]) -> dict[Config, Footprint | Failure]:
@@ -123,7 +131,7 @@ class Case:
 
 def rows(tasks: Sequence[Task], shipped: Sequence[Choice[Any]], setup: Setup) -> Iterator[Row]:
     """A row for each problem, as soon as it is known."""
-    chosen = [shortlist(each, setup.limits, Breadth().compiled) for each in tasks]
+    chosen = [shortlist(each, setup.limits, BREADTHS[0].compiled) for each in tasks]
     requests = [
         (each.problem, config)
         for each, first in zip(tasks, chosen, strict=True)
@@ -140,12 +148,12 @@ def rows(tasks: Sequence[Task], shipped: Sequence[Choice[Any]], setup: Setup) ->
         for worker in (pruning, exhausting):
             worker.wait()
         start_s = time.monotonic() - start
-        for each, choice, first in zip(tasks, shipped, chosen, strict=True):
+        for each, choice in zip(tasks, shipped, strict=True):
             outcomes = {config: compiled[each.problem, config] for config in each.candidates}
-            case = Case(each, choice, first, outcomes)
+            case = Case(each, choice, outcomes)
             found = pruned(case, setup, pruning)
             yield {
-                **row(case, found, exhaustive(case, found.config, setup, exhausting), setup.jobs),
+                **row(case, found, exhaustive(case, found.result.config, setup, exhausting), setup),
                 "start_s": start_s,
             }
 
@@ -177,18 +185,39 @@ def compiling(
         yield {request: threads.submit(ask, request) for request in requests}
 
 
-def pruned(case: Case, setup: Setup, worker: Worker) -> Result:
-    """What the tuner finds."""
+@dataclass(frozen=True)
+class Pruned:
+    """What the tuner finds, how many candidates its last search ran, and what it takes: seconds of the GPU, and what
+    is compiled."""
+
+    result: Result
+    seconds: float
+    compiled: Sequence[Config]
+
+
+def pruned(case: Case, setup: Setup, worker: Worker) -> Pruned:
+    """The tuner's search, and its wider one, if it makes that."""
     setup.progress("search", 0, 1, str(case.task.problem))
-    return fastest(case.task, case.said(case.chosen), setup.limits, Breadth().run, worker, BUDGET_S / 2)
+    left: Task | None = case.task
+    compiled: dict[Config, None] = {}
+    seconds = 0.0
+    for breadth in BREADTHS:
+        if left is None:
+            break
+        chosen = shortlist(left, setup.limits, breadth.compiled)
+        compiled |= dict.fromkeys(chosen)
+        found = fastest(left, case.said(chosen), setup.limits, breadth.run, worker, BUDGET_S / 2)
+        seconds += found.seconds
+        left = wider(left, found)
+    return Pruned(found, seconds, list(compiled))
 
 
 @dataclass(frozen=True)
 class Exhausted:
-    """How many candidates were timed, in how many seconds, comparing included; and the median microseconds of the
-    fastest and of what is compared with them, timed anew. None of these, if the problem could not be set up."""
+    """The median microseconds of each candidate that was timed, and in how many seconds, comparing included; and
+    those of the fastest and of what is compared with them, timed anew. None, if the problem could not be set up."""
 
-    run: int
+    each_us: dict[Config, float]
     seconds: float | None
     medians: dict[Config, float]
     faults: Sequence[Fault]
@@ -199,12 +228,13 @@ def exhaustive(case: Case, found: Config, setup: Setup, worker: Worker) -> Exhau
     contest = Contest(case.task.problem, worker, [])
     try:
         seconds = run_all(case, contest, setup.progress)
-        ranked = [rival.config for rival in sorted(contest.rivals, key=lambda rival: rival.median_us)]
+        each_us = {rival.config: rival.median_us for rival in contest.rivals}
         setup.progress("final", 0, 1, str(case.task.problem))
-        picks = (*ranked[:FINALISTS], found, case.shipped.config, case.task.candidates[0])
-        return Exhausted(len(ranked), seconds, head_to_head(contest, dict.fromkeys(picks)), contest.faults)
+        fastest_few = sorted(each_us, key=lambda config: each_us[config])[:FINALISTS]
+        picks = (*fastest_few, found, case.shipped.config, case.task.candidates[0])
+        return Exhausted(each_us, seconds, head_to_head(contest, dict.fromkeys(picks)), contest.faults)
     except NoOperands as error:
-        return Exhausted(0, None, {}, [*contest.faults, Fault(None, str(error))])
+        return Exhausted({}, None, {}, [*contest.faults, Fault(None, str(error))])
 
 
 def run_all(case: Case, contest: Contest, progress: Progress) -> float:
@@ -240,23 +270,31 @@ def head_to_head(contest: Contest, configs: Iterable[Config]) -> dict[Config, fl
     return {rival.config: rival.median_us for rival in contest.rivals}
 
 
-def row(case: Case, found: Result, all_run: Exhausted, jobs: int) -> Row:
-    """The picks, how long they take, and what it took to find them."""
-    candidates, medians = case.task.candidates, all_run.medians
-    picks = {"pruned": found.config, "shipped": case.shipped.config, "rule": candidates[0]}
+def row(case: Case, found: Pruned, all_run: Exhausted, setup: Setup) -> Row:
+    """The picks, how long they take, and what it took to find them.
+
+    The lists that begin with `each_` are in the order in which the model prefers the candidates before any is
+    compiled: what one took, the seconds that it took to compile, and its place in the model's order after that, which
+    has none that spills or fails. They say what a narrower search would have found, and when.
+    """
+    candidates, medians, jobs = case.task.candidates, all_run.medians, setup.jobs
+    picks = {"pruned": found.result.config, "shipped": case.shipped.config, "rule": candidates[0]}
     if medians:
         picks = {"best": min(medians, key=lambda config: medians[config]), **picks}
     times = {name: medians.get(config) for name, config in picks.items()}
-    pruned_compile_s, all_compile_s = case.compile_seconds(case.chosen), case.compile_seconds(candidates)
+    pruned_compile_s, all_compile_s = case.compile_seconds(found.compiled), case.compile_seconds(candidates)
     pruned_s = pruned_compile_s / jobs + found.seconds
+    first = shortlist(case.task, setup.limits, None)
+    last, _ = survivors(case.task, case.said(first), setup.limits, None)
+    places = {config: number for number, config in enumerate(last)}
     all_s = None if all_run.seconds is None else all_compile_s / jobs + all_run.seconds
     return {
         "problem": str(case.task.problem),
         "key": case.task.problem.key,
         "candidates": len(candidates),
-        "run": all_run.run,
-        "pruned_compiled": len(case.chosen),
-        "pruned_run": found.run,
+        "run": len(all_run.each_us),
+        "pruned_compiled": len(found.compiled),
+        "pruned_run": found.result.run,
         "shipped_origin": case.shipped.origin,
         **{f"{name}_config": str(config) for name, config in picks.items()},
         **{f"{name}_us": us for name, us in times.items()},
@@ -270,9 +308,12 @@ def row(case: Case, found: Result, all_run: Exhausted, jobs: int) -> Row:
         "exhaustive_s_to_run": all_run.seconds,
         "exhaustive_s": all_s,
         "share_of_exhaustive_s": ratio(pruned_s, all_s),
-        "limit_us": found.limit_us,
+        "limit_us": found.result.limit_us,
+        "each_us": [all_run.each_us.get(config) for config in first],
+        "each_core_s_to_compile": [case.compile_seconds([config]) for config in first],
+        "each_place": [places.get(config) for config in first],
         "faults": [str(fault) for fault in all_run.faults],
-        "pruned_faults": [str(fault) for fault in found.faults],
+        "pruned_faults": [str(fault) for fault in found.result.faults],
     }
 
 

@@ -37,7 +37,7 @@ from .problems import CASTS, cast_problems, product_problems
 from .spec import Block, MXSpec
 from .tune import Problem, Stamp, TableError, cache_path
 from .tune.limits import MODELS, Footprint, Limits
-from .tune.search import Breadth, compile_all, shortlist, survivors, usable_cpus
+from .tune.search import BREADTHS, compile_all, shortlist, survivors, usable_cpus
 from .tune.task import Result
 from .tuner import make_compiler, problems_of, task, tune_problems, tuning_device, untuned
 
@@ -155,10 +155,11 @@ def tune(
     mxkernels tune --dry-run                                   what would be done
     mxkernels tune --export nvidia-h200.json                   a table for others
 
-    A problem is one kernel on one kind of operands and shape. Its candidates are ranked by a model, the best are
+    A problem is one kernel on one kind of operands and shape. Its candidates are ranked by a model, the best few are
     compiled, and what does not spill is run, in a process of its own: one that crashes, hangs or writes something
-    wrong is reported, and out. Casts are compared to the byte, products with the bound of docs/numerics.md. What beats
-    the present config by more than the noise is kept. Each result is stored when it is found.
+    wrong is reported, and out. Where one of the few gains much, more are tried. Casts are compared to the byte,
+    products with the bound of docs/numerics.md. What beats the present config by more than the noise is kept.
+    Each result is stored when it is found.
 
     From Python, for the problems of a training step: mxkernels.autotune(lambda: step(model, batch)).
     """
@@ -261,11 +262,15 @@ def _remaining(problems: list[Problem], device: torch.device, path: Path | None)
 
 def _tune(problems: list[Problem], device: torch.device, **options: Any) -> None:
     """Print what was measured, whatever ends it."""
-    results: list[Result] = []
+    results: dict[Problem, Result] = {}
+
+    def found(result: Result) -> None:
+        results[result.problem] = result
+
     line = ProgressLine()
     try:
         place = options["path"] or cache_path(Stamp.of(device, problems[0].op))
-        tune_problems(problems, device, progress=line, found=results.append, **options)
+        tune_problems(problems, device, progress=line, found=found, **options)
     except TableError as error:
         if not results:
             raise Mistake(str(error)) from None
@@ -273,8 +278,8 @@ def _tune(problems: list[Problem], device: torch.device, **options: Any) -> None
     finally:
         line.clear()
         if results:
-            click.echo(results_table(results))
-    if all(result.after_us is None for result in results):
+            click.echo(results_table(list(results.values())))
+    if all(result.after_us is None for result in results.values()):
         raise Failed("no problem could be measured, and nothing was stored; the table above says why")
     click.echo(f"Stored in {place}.", err=True)
 
@@ -338,7 +343,7 @@ def _dry_run(
     compiles: bool,
 ) -> None:
     tasks = [task(problem, limits, device) for problem in problems]
-    chosen = [shortlist(each, limits, Breadth().compiled) for each in tasks]
+    chosen = [shortlist(each, limits, BREADTHS[0].compiled) for each in tasks]
     rows: list[list[Any]] = [
         [each.problem, each.before.origin, len(each.candidates), len(configs)]
         for each, configs in zip(tasks, chosen, strict=True)
@@ -353,7 +358,7 @@ def _dry_run(
         for row, each, configs in zip(rows, tasks, chosen, strict=True):
             found = {config: outcomes.get((each.problem, config)) for config in configs}
             row += [sum(isinstance(one, Footprint) for one in found.values())]
-            row += [len(survivors(each, found, limits, Breadth().run)[0])]
+            row += [len(survivors(each, found, limits, BREADTHS[0].run)[0])]
     click.echo(tabulate(rows, headers, tablefmt="simple"))
     if device is None:
         click.echo(

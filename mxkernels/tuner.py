@@ -18,7 +18,7 @@ from torch import distributed
 from .tune import Choice, Config, Entry, Problem, Stamp, cache_path, find_config, load, recording, share, store
 from .tune.limits import Footprint, Limits
 from .tune.ranks import joined, one_of_many
-from .tune.search import Breadth, Progress, search, usable_cpus
+from .tune.search import BREADTHS, Breadth, Progress, search, usable_cpus
 from .tune.space import candidates
 from .tune.task import Result, Task
 from .tune.worker import Handler
@@ -122,10 +122,11 @@ def tune_problems(
     jobs: int | None = None,
     progress: Progress | None = None,
     path: Path | None = None,
-    breadth: Breadth | None = None,
+    breadths: Sequence[Breadth] = BREADTHS,
     found: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
-    """`autotune` of problems, in this process alone; `found` is called with each result before it is stored."""
+    """`autotune` of problems, in this process alone; `found` is called with each result before it is stored, and again
+    if a wider search has another."""
     if not problems:
         return []
     limits = Limits.of(device)
@@ -144,7 +145,7 @@ def tune_problems(
         partial(make_runner, device, limits),
         budget_s=budget,
         jobs=jobs or usable_cpus(),
-        breadth=breadth,
+        breadths=breadths,
         progress=progress or (lambda stage, done, total, text: None),
         found=keep,
     )

@@ -376,7 +376,7 @@ def test_from_the_first_candidate_to_the_stored_config(h200: Path, monkeypatch: 
     monkeypatch.setattr(tuner, "make_runner", fakes.interpreter)
     monkeypatch.setattr(contest, "RUN_S", 200.0)  # the interpreter takes most of a second a sample
     problem = Problem("quantize", E2M1, "bfloat16", "rows", (16, 128))
-    (result,) = tune_problems([problem], DEVICE, budget=120, jobs=2, breadth=Breadth(3, 2))
+    (result,) = tune_problems([problem], DEVICE, budget=120, jobs=2, breadths=[Breadth(3, 2)])
     assert not result.faults
     assert (result.compiled, result.run) == (3, 2)
     assert result.before_us > 0
@@ -526,7 +526,7 @@ def test_dry_run_for_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     done = command(*arguments)
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[0].split()[-4:] == ["compile", "compiled", "to", "run"]
-    assert done.stdout.splitlines()[2].split()[-3:] == ["32", "32", "12"]
+    assert done.stdout.splitlines()[2].split()[-3:] == ["8", "8", "4"]  # of the first search
 
 
 def test_a_dry_run_says_what_it_assumes() -> None:
@@ -650,7 +650,7 @@ def test_progress_off_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_the_command_says_that_it_began(h200: Path) -> None:
     done = command("--op", "quantize", "--shape", "64x512", "--jobs", "1")
     said = [line.split(" s  ")[1].split("  ")[0] for line in done.stderr.splitlines()[:2]]
-    assert said == ["compiling 0/32", "measuring 0/1"]
+    assert said == ["compiling 0/8", "measuring 0/1"]
 
 
 # --- the recorded measurements -----------------------------------------------------------------------------
@@ -676,22 +676,28 @@ def test_the_measurements_of_the_tuner(measurements: Any) -> None:
     is run."""
     assert len(set(measurements.PROBLEMS)) == 12
     assert {problem.op for problem in measurements.PROBLEMS} == set(tune.OPS) - {"native"}  # which an H200 has not
-    tasks = [searched(measurements, number, *map(fakes.config, range(150, 110, -1))) for number in range(2)]
-    shipped = [Choice(fakes.config(120), "shipped")] * 2
+    tasks = [searched(measurements, number, *map(fakes.config, range(350, 150, -5))) for number in range(2)]
+    shipped = [Choice(fakes.config(200), "shipped")] * 2
     seen: list[tuple[Any, ...]] = []
     setup = measurements.Setup(LIMITS, fakes.compiler, fakes.runner, 2, lambda *progress: seen.append(progress))
     found = measurements.rows(tasks, shipped, setup)
     row = next(found)
     assert {text for *_, text in seen} == {str(fakes.problem())}
     assert list(dict.fromkeys(stage for stage, *_ in seen)) == ["search", "compare", "time", "final"]
-    assert (row["best_us"], row["shipped_us"], row["rule_us"]) == (111, 120, 150)
-    assert (row["best_config"], row["shipped_over_best"]) == (str(fakes.config(111)), 120 / 111)
-    assert 1 <= row["pruned_over_best"] < 150 / 111
-    assert (row["candidates"], row["run"], row["pruned_compiled"], row["pruned_run"]) == (40, 40, 32, 12)
+    assert (row["best_us"], row["shipped_us"], row["rule_us"]) == (155, 200, 350)
+    assert (row["best_config"], row["shipped_over_best"]) == (str(fakes.config(155)), 200 / 155)
+    assert 1 <= row["pruned_over_best"] < 350 / 155
+    assert (row["candidates"], row["run"]) == (40, 40)
+    assert 32 <= row["pruned_compiled"] <= 32 + 8  # of the wider search, since the rule's is far from right
+    assert row["pruned_run"] == 12
     assert not row["faults"]
     for name in ("pruned", "exhaustive"):
         assert row[f"{name}_s"] == row[f"{name}_core_s_to_compile"] / 2 + row[f"{name}_s_to_run"]
     assert row["share_of_exhaustive_s"] == row["pruned_s"] / row["exhaustive_s"]
+    assert sorted(row["each_us"]) == list(range(155, 355, 5))
+    assert row["each_us"][0] == 350  # the rule's, which is always among those that are run
+    assert sorted(row["each_place"]) == list(range(40))
+    assert sum(row["each_core_s_to_compile"]) == pytest.approx(row["exhaustive_core_s_to_compile"])
     both = [row, *found]
     assert [each["key"] for each in both] == [each.problem.key for each in tasks]
     json.dumps(both)
@@ -708,6 +714,8 @@ def test_bad_candidates_cost_the_measurements_nothing_else(measurements: Any, mo
     assert (row["best_us"], row["pruned_us"], row["rule_us"], row["run"]) == (80, 80, 100, 2)
     assert row["shipped_us"] is row["shipped_over_best"] is row["shipped_over_pruned"] is None
     assert {fault.split(":")[0] for fault in row["faults"]} == {str(each) for each in (*bad, uncompiled)}
+    assert sorted(us for us in row["each_us"] if us is not None) == [80, 100]
+    assert row["each_place"].count(None) == 1  # what does not compile
     assert "pruned_over_best 1.000, shipped_over_best –, rule_over_best 1.250" in measurements.line(row)
 
 

@@ -684,6 +684,16 @@ def test_the_recorded_cases_run(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(row["bytes_bf16"] == 1024 * (1 + (row["op"] == "quantize_pair")) for row in rows)
 
 
+def test_what_the_hosts_time_is_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import casts
+
+    rows = casts.host_parts(torch.device("cpu"))
+    assert [row["op"] for row in rows] == ["find_config", "torch.frexp"]
+    assert all(row["host_us"] > 0 for row in rows)
+    json.dumps(rows, allow_nan=False)
+
+
 def test_pieces_are_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     import gpu

@@ -87,6 +87,6 @@ def test_what_is_compiled_ahead_is_found(cache: Path, monkeypatch: pytest.Monkey
     compiled = tmp_path / "triton"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(compiled))
     problem = Problem("quantize", "e3m0 4x8 rtne even symmetric", "bfloat16", "rows", (512, 1024))
-    (result,) = tune_problems([problem], CUDA, budget=60, breadth=Breadth(6, 6))
+    (result,) = tune_problems([problem], CUDA, budget=60, breadths=[Breadth(6, 6)])
     assert (result.compiled, result.faults) == (6, ())
     assert len(list(compiled.glob("*/quantize_kernel.cubin"))) == 6

@@ -8,7 +8,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from mxkernels.tune import CastConfig, Choice, Config
 from mxkernels.tune.contest import DUEL_ROUNDS, FIRST_SAMPLES, LEAST_GAIN, ROUNDS, measure, noise
 from mxkernels.tune.limits import Footprint, Limits
 from mxkernels.tune.model import Work
-from mxkernels.tune.search import Breadth, compile_all, search, shortlist, survivors
-from mxkernels.tune.task import Result, Task
+from mxkernels.tune.search import BREADTHS, Breadth, compile_all, search, shortlist, survivors, wider
+from mxkernels.tune.task import Fault, Result, Task
 from mxkernels.tune.worker import Failure
 
 LIMITS = Limits("sm_90")
@@ -140,12 +140,76 @@ def test_as_many_are_compiled_and_run_as_the_breadth_says(tmp_path: Path) -> Non
     log = tmp_path / "log"
     candidates = [config(us) for us in range(200, 100, -1)]
     compiler = partial(fakes.compiler, log=str(log))
-    (result,) = run(task(*candidates), compiler=compiler, breadth=Breadth(9, 4), jobs=2)
+    (result,) = run(task(*candidates), compiler=compiler, breadths=[Breadth(9, 4)], jobs=2)
     assert len(log.read_text().splitlines()) == 9
     assert (result.candidates, result.compiled, result.run) == (100, 9, 4)
-    (result,) = run(task(*candidates), breadth=Breadth(None, None))
+    (result,) = run(task(*candidates), breadths=[Breadth(None, None)])
     assert (result.candidates, result.compiled, result.run) == (100, 100, 100)
     assert result.config == config(101)
+
+
+def test_few_are_enough_where_what_serves_is_right(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    candidates = [config(us) for us in range(100, 600, 10)]
+    (result,) = run(task(*candidates), compiler=partial(fakes.compiler, log=str(log)))
+    assert len(log.read_text().splitlines()) == BREADTHS[0].compiled
+    assert (result.config, result.compiled, result.run) == (config(100), BREADTHS[0].compiled, BREADTHS[0].run)
+
+
+def test_a_large_gain_is_followed_by_a_wider_search(tmp_path: Path) -> None:
+    """Of that problem alone; nothing is compiled twice."""
+    log = tmp_path / "log"
+    found: list[Result] = []
+    wrong, right = [[config(us) for us in range(*ends)] for ends in ((600, 100, -10), (100, 600, 10))]
+    tasks = [task(*wrong), task(*right, number=1)]
+    results = run(*tasks, compiler=partial(fakes.compiler, log=str(log)), found=found.append)
+    first, _, wide = found
+    assert results == [wide, found[1]]
+    assert (wide.problem, wide.before) == (first.problem, tasks[0].before)
+    assert 1.03 < first.gain < wide.gain  # type: ignore[operator]
+    assert (wide.compiled, wide.run) == (BREADTHS[1].compiled, BREADTHS[1].run)
+    compiled = [line.split()[1] for line in log.read_text().splitlines()]
+    assert 32 + 8 <= len(compiled) <= 32 + 8 + 8
+    assert max(compiled.count(each) for each in compiled) <= 2  # tiles that both problems have
+
+
+def test_no_wider_search_without_time() -> None:
+    found: list[Result] = []
+    tasks = [task(*(config(us) for us in range(600, 100, -10)))]
+    (result,) = run(*tasks, runner=partial(fakes.runner, seconds=0.1), budget_s=2.0, found=found.append)
+    assert found == [result]
+    assert result.gain > 1.03  # type: ignore[operator]
+
+
+def outcome(
+    searched: Task, *, config: Config, gain: float = 1.0, run: int = 2, failed: Sequence[Config] = ()
+) -> Result:
+    faults = tuple(Fault(each, "it crashed") for each in failed)
+    return Result(searched.problem, searched.before, config, 100.0, 100.0 / gain, 10.0, 4, 4, run, 1.0, faults)
+
+
+def test_a_wider_search_is_around_the_fastest_so_far() -> None:
+    first, second, third, fourth = candidates = [config(us) for us in (100, 90, 80, 70)]
+    searched = task(*candidates)
+    assert wider(searched, outcome(searched, config=first)) is None
+    assert wider(searched, outcome(searched, config=second, gain=1.02)) is None
+    wide = wider(searched, outcome(searched, config=third, gain=1.25, failed=[second]))
+    assert wide is not None
+    assert wide.candidates == (third, first, fourth)
+    assert (wide.before, [fault.config for fault in wide.faults]) == (searched.before, [second])
+    assert wider(searched, outcome(searched, config=third, gain=1.25, run=4)) is None  # there are no others
+
+
+def test_a_wider_search_where_what_serves_has_failed() -> None:
+    first, second, third = candidates = [config(us) for us in (100, 90, 80)]
+    searched = task(*candidates)
+    wide = wider(searched, outcome(searched, config=second, run=1, failed=[first]))
+    assert wide is not None
+    assert wide.candidates == (second, third)
+    nothing = wider(searched, outcome(searched, config=first, run=0, failed=[first, second]))
+    assert nothing is not None
+    assert nothing.candidates == (third,)
+    assert wider(searched, outcome(searched, config=first, run=0, failed=candidates)) is None
 
 
 def test_what_spills_is_not_run() -> None:
@@ -185,7 +249,7 @@ def test_time_for_compiling_is_shared_by_all(tmp_path: Path) -> None:
     """When it runs out, every problem has had its best candidates compiled."""
     log = tmp_path / "log"
     tasks = [task(*map(config, range(100, 1000)), number=number) for number in range(3)]
-    results = run(*tasks, compiler=partial(fakes.compiler, log=str(log)), budget_s=4.0, breadth=Breadth(None, None))
+    results = run(*tasks, compiler=partial(fakes.compiler, log=str(log)), budget_s=4.0, breadths=[Breadth(None, None)])
     compiled = [result.compiled for result in results]
     assert 0 < max(compiled) < 900 or compiled == [900] * 3
     assert max(compiled) - min(compiled) <= 1

@@ -41,13 +41,18 @@ def _compile(misbehaves: tuple[int, ...], log: str | None, problem: Problem, con
     return Footprint(16 if config.num_warps == SPILLS else 0, 32, 0, 1000)
 
 
-def runner(noise_us: float = 0.0, opens: bool = True, log: str | None = None) -> Callable[..., Any]:
+def runner(
+    noise_us: float = 0.0, opens: bool = True, log: str | None = None, seconds: float = 0.0
+) -> Callable[..., Any]:
     """Runs candidates; `noise_us` is by how much every other sample takes longer. Each request is a line in the file
-    `log`: what it is, the process, and the candidate, if it is of one."""
-    return partial(_run, noise_us, opens, log)
+    `log`: what it is, the process, and the candidate, if it is of one; and takes so many `seconds`."""
+    return partial(_run, noise_us, opens, log, seconds)
 
 
-def _run(noise_us: float, opens: bool, log: str | None, request: str, problem: Problem, *arguments: Any) -> Any:
+def _run(
+    noise_us: float, opens: bool, log: str | None, seconds: float, request: str, problem: Problem, *arguments: Any
+) -> Any:
+    time.sleep(seconds)
     if log is not None:
         with open(log, "a") as file:
             file.write(f"{request} {os.getpid()} {arguments[0] if arguments else ''}\n")

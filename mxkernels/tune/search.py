@@ -1,7 +1,8 @@
 """Search: from all configs of a problem to the one that is measurably the fastest.
 
 The model (`model`) ranks the candidates; the best of them are compiled, in processes side by side, and what the
-compiler says of them ranks them again; the best of those are run against each other (`contest`).
+compiler says of them ranks them again; the best of those are run against each other (`contest`). They are few at
+first. Only where one of these gains much, so that rule or model are off, more are tried, those around it before others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .config import Config
 from .contest import measure
@@ -33,9 +34,12 @@ COMPILING: dict[str, str | None] = {"TRITON_INTERPRET": None, "OMP_NUM_THREADS":
 class Breadth:
     """How many candidates of a problem are compiled, and how many of these are run; None: all."""
 
-    compiled: int | None = 32
-    run: int | None = 12
+    compiled: int | None
+    run: int | None
 
+
+BREADTHS = (Breadth(8, 4), Breadth(32, 12))  # of the first search, and of the wider one
+_MUCH = 1.03  # the gain from which on a wider search is worth its time
 
 # Stage ("compile" or "measure"), how much of it is done, of how much, and what is next.
 Progress = Callable[[str, int, int, str], None]
@@ -49,7 +53,7 @@ def search(
     *,
     budget_s: float,
     jobs: int,
-    breadth: Breadth | None = None,
+    breadths: Sequence[Breadth] = BREADTHS,
     progress: Progress = lambda stage, done, total, text: None,
     found: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
@@ -63,25 +67,32 @@ def search(
         budget_s: for each problem, on average, from when processes are there. Up to half of it all goes to compiling;
             what is not compiled then is out.
         jobs: processes that compile.
-        found: called with each result as soon as there is one.
+        breadths: of the search of every problem, and of the wider ones after it, of those that are worth it and for
+            which there is time.
+        found: called with each result as soon as there is one, and again with that of a wider search.
     """
-    breadth = breadth or Breadth()
-    whole_s = budget_s * len(tasks)
-    start = time.monotonic()
-    chosen = [shortlist(task, limits, breadth.compiled) for task in tasks]
-    results = []
+    results: dict[Problem, Result] = {}
+    compiled: dict[Request, Footprint | Failure] = {}
+    end = time.monotonic() + budget_s * len(tasks)
     with Worker(runner) as worker:
         worker.start()
-        compiled = compile_all(_by_rank(tasks, chosen), compiler, jobs, whole_s / 2, progress)
-        end = max(start + whole_s, time.monotonic() + whole_s / 2)
-        for done, (task, configs) in enumerate(zip(tasks, chosen, strict=True)):
-            progress("measure", done, len(tasks), str(task.problem))
-            outcomes = {config: compiled.get((task.problem, config)) for config in configs}
-            seconds = (end - time.monotonic()) / (len(tasks) - done)
-            results.append(fastest(task, outcomes, limits, breadth.run, worker, seconds))
-            found(results[-1])
-    progress("measure", len(tasks), len(tasks), "")
-    return results
+        for breadth in breadths:
+            left_s = end - time.monotonic()
+            if not tasks or left_s <= 0:
+                break
+            chosen = [shortlist(task, limits, breadth.compiled) for task in tasks]
+            requests = [request for request in _by_rank(tasks, chosen) if request not in compiled]
+            compiled |= compile_all(requests, compiler, jobs, left_s / 2, progress)
+            end = max(end, time.monotonic() + left_s / 2)
+            for done, (task, configs) in enumerate(zip(tasks, chosen, strict=True)):
+                progress("measure", done, len(tasks), str(task.problem))
+                outcomes = {config: compiled.get((task.problem, config)) for config in configs}
+                seconds = (end - time.monotonic()) / (len(tasks) - done)
+                results[task.problem] = fastest(task, outcomes, limits, breadth.run, worker, seconds)
+                found(results[task.problem])
+            progress("measure", len(tasks), len(tasks), "")
+            tasks = [wide for wide in (wider(task, results[task.problem]) for task in tasks) if wide is not None]
+    return list(results.values())
 
 
 def fastest(
@@ -96,7 +107,18 @@ def fastest(
     time), the fastest: at most so many of them are run, for about so many seconds."""
     configs, faults = survivors(task, outcomes, limits, most)
     counts = (len(task.candidates), sum(each is not None for each in outcomes.values()))
-    return measure(task, configs, worker, seconds, counts, faults)
+    return measure(task, configs, worker, seconds, counts, (*task.faults, *faults))
+
+
+def wider(task: Task, result: Result) -> Task | None:
+    """What to search next: around the fastest so far, without what has failed. None, if all of that has been run; or if
+    what served before is right, or nearly: so are rule and model then."""
+    failed = {fault.config for fault in result.faults}
+    left = [config for config in dict.fromkeys((result.config, *task.candidates)) if config not in failed]
+    serves = task.before.config not in failed
+    if result.run >= len(left) or (serves and (result.gain is None or result.gain <= _MUCH)):
+        return None
+    return replace(task, candidates=tuple(left), faults=result.faults)
 
 
 def shortlist(task: Task, limits: Limits, most: int | None) -> list[Config]:
@@ -109,7 +131,7 @@ def survivors(
 ) -> tuple[list[Config], tuple[Fault, ...]]:
     """The candidates that are worth running, for what the compiler says of them, and those that do not compile.
 
-    What spills or does not fit is left out without a word, save what serves at present and the rule's.
+    What spills or does not fit is left out without a word, save what serves at present and the middle.
     """
     faults = tuple(Fault(config, str(each)) for config, each in outcomes.items() if isinstance(each, Failure))
     kept: dict[Config, Footprint | None] = {}
@@ -121,9 +143,9 @@ def survivors(
 
 
 def _best(task: Task, footprints: dict[Config, Footprint | None], limits: Limits, most: int | None) -> list[Config]:
-    """The configs that the model predicts to be the fastest, with what serves at present and the rule's. Of those that
-    it takes for alike the ones nearer to the rule's come first."""
-    rule = task.candidates[0]
+    """The configs that the model predicts to be the fastest, with what serves at present and the middle. Of those that
+    it takes for alike the ones nearer to the middle come first."""
+    middle = task.candidates[0]
     times = {
         config: predicted_us(task.problem, task.work, config, limits, footprint)
         for config, footprint in footprints.items()
@@ -132,7 +154,7 @@ def _best(task: Task, footprints: dict[Config, Footprint | None], limits: Limits
 
     def rank(config: Config) -> tuple[bool, int, float]:
         slower = (times[config] / least - 1) / _ALIKE
-        return config not in _kept_always(task), int(slower), steps(config, rule)
+        return config not in _kept_always(task), int(slower), steps(config, middle)
 
     return sorted(footprints, key=rank)[:most]
 

@@ -12,21 +12,6 @@ from .problem import Problem
 
 
 @dataclass(frozen=True)
-class Task:
-    """A problem to find a config for.
-
-    Attributes:
-        before: what serves it at present.
-        candidates: `before`'s and the rule's among them; the rule's is the first.
-    """
-
-    problem: Problem
-    work: Work
-    before: Choice[Any]
-    candidates: tuple[Config, ...]
-
-
-@dataclass(frozen=True)
 class Fault:
     """A candidate that is out for another reason than its time: None stands for all, the problem itself."""
 
@@ -35,6 +20,24 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.config or 'the problem'}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem to find a config for.
+
+    Attributes:
+        before: what serves it at present.
+        candidates: the first is the middle of the search: the rule's, or the fastest so far. `before`'s is among
+            them, unless it has failed.
+        faults: what has failed so far.
+    """
+
+    problem: Problem
+    work: Work
+    before: Choice[Any]
+    candidates: tuple[Config, ...]
+    faults: tuple[Fault, ...] = ()
 
 
 @dataclass(frozen=True)
