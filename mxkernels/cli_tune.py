@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -37,8 +38,10 @@ from .problems import CASTS, cast_problems, product_problems
 from .spec import Block, MXSpec
 from .tune import Problem, Stamp, TableError, cache_path
 from .tune.limits import MODELS, Footprint, Limits
-from .tune.search import BREADTHS, compile_all, shortlist, survivors, usable_cpus
-from .tune.task import Result
+from .tune.ranks import one_of_many
+from .tune.search import BREADTHS, Request, by_rank, compile_all, shortlist, survivors, usable_cpus
+from .tune.task import Fault, Result
+from .tune.worker import Failure
 from .tuner import make_compiler, problems_of, task, tune_problems, tuning_device, untuned
 
 OPS = (*CASTS, "matmul")
@@ -167,6 +170,8 @@ def tune(
         raise Mistake("Invalid value for '--architecture': configs are measured on the GPU at hand; allowed: --dry-run")
     if dry_run and path is not None and not resume:
         raise Mistake("Invalid value for '--export': a dry run stores nothing; allowed: with --resume, or no --dry-run")
+    if activations is not None and "matmul" not in ops:
+        raise Mistake(f"Invalid value for '--activations': {', '.join(ops)} have none; allowed: with --op matmul")
     if triton_version() is None:
         raise Mistake("Triton is not installed, and nothing can be compiled; pip install 'mxkernels[triton]'")
     (overrides,) = spec_overrides([], rounding, scale_rounding, asymmetric)
@@ -195,6 +200,11 @@ def tune(
 
 
 def _device() -> torch.device:
+    if one_of_many():
+        raise Mistake(
+            "WORLD_SIZE says that this process is one of many, which use no cache; allowed: without it, or "
+            "mxkernels.autotune in all of them"
+        )
     try:
         return tuning_device()
     except ValueError as error:
@@ -267,7 +277,7 @@ def _tune(problems: list[Problem], device: torch.device, **options: Any) -> None
     def found(result: Result) -> None:
         results[result.problem] = result
 
-    line = ProgressLine()
+    line = ProgressLine(options["budget"] * len(problems))
     try:
         place = options["path"] or cache_path(Stamp.of(device, problems[0].op))
         tune_problems(problems, device, progress=line, found=found, **options)
@@ -285,15 +295,21 @@ def _tune(problems: list[Problem], device: torch.device, **options: Any) -> None
 
 
 class ProgressLine:
-    """The terminal's last line: how much of a stage is done, and the time left. Off a terminal plain lines, each with
-    the seconds since the start: one as a stage begins, and then at most one every `SECONDS`."""
+    """The terminal's last line: how much of a stage is done, and the stage's time left. Off a terminal plain lines,
+    each with the seconds since the start: one as a stage begins, and then at most one every `SECONDS`.
+
+    Args:
+        seconds: that all of it may take. Compiling ends after half of what is left, done or not.
+    """
 
     SECONDS = 15.0
+    BAR = 20  # characters
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
         self._stage = ""
         self._begin = time.monotonic()
-        self._start = self._begin  # of the stage
+        self._end = self._begin + seconds
+        self._start = self._stage_end = self._begin
         self._next = self._begin
 
     def __call__(self, stage: str, done: int, total: int, text: str) -> None:
@@ -301,11 +317,17 @@ class ProgressLine:
         begins = stage != self._stage
         if begins:
             self._stage, self._start = stage, now
-        left = f", {clock((now - self._start) / done * (total - done))} left" if done else ""
+            self._stage_end = (now + self._end) / 2 if stage == "compile" else self._end
+        left = ""
+        if done:
+            left_s = min((now - self._start) / done * (total - done), max(self._stage_end - now, 0.0))
+            left = f", {clock(left_s)} left"
         verb = {"compile": "compiling", "measure": "measuring"}[stage]
         line = f"{verb} {done}/{total}{left}  {text}".rstrip()
         if sys.stderr.isatty():
-            click.echo(f"\r\x1b[K{line}"[:150], nl=False, err=True)
+            filled = self.BAR * done // max(total, 1)
+            line = f"[{'#' * filled:{self.BAR}}] {line}"[: shutil.get_terminal_size().columns - 1]
+            click.echo(f"\r\x1b[K{line}", nl=False, err=True)
         elif begins or now >= self._next:
             self._next = now + self.SECONDS
             click.echo(f"{now - self._begin:4.0f} s  {line}", err=True)
@@ -344,15 +366,17 @@ def _dry_run(
 ) -> None:
     tasks = [task(problem, limits, device) for problem in problems]
     chosen = [shortlist(each, limits, BREADTHS[0].compiled) for each in tasks]
+    outcomes: dict[Request, Footprint | Failure] = {}
     rows: list[list[Any]] = [
         [each.problem, each.before.origin, len(each.candidates), len(configs)]
         for each, configs in zip(tasks, chosen, strict=True)
     ]
     headers = ["problem", "config by", "candidates", "to compile"]
     if compiles:
-        requests = [(each.problem, config) for each, configs in zip(tasks, chosen, strict=True) for config in configs]
-        line, seconds = ProgressLine(), budget * len(problems)
-        outcomes = compile_all(requests, partial(make_compiler, limits), jobs or usable_cpus(), seconds, line)
+        requests = by_rank(tasks, chosen)
+        seconds = budget * len(problems)
+        line = ProgressLine(seconds)
+        outcomes = compile_all(requests, partial(make_compiler, limits), jobs or usable_cpus(), seconds / 2, line)
         line.clear()
         headers += ["compiled", "to run"]
         for row, each, configs in zip(rows, tasks, chosen, strict=True):
@@ -360,10 +384,14 @@ def _dry_run(
             row += [sum(isinstance(one, Footprint) for one in found.values())]
             row += [len(survivors(each, found, limits, BREADTHS[0].run)[0])]
     click.echo(tabulate(rows, headers, tablefmt="simple"))
+    for (problem, config), outcome in outcomes.items():
+        if isinstance(outcome, Failure):
+            click.echo(f"failed: {problem}, {Fault(config, str(outcome))}")
     if device is None:
         click.echo(
             f"Assumed: a GPU like {MODELS[limits.architecture]}, of {limits.processors} multiprocessors, "
             f"{limits.shared_bytes} bytes of shared memory a program and {limits.gbps:.0f} GB/s.",
             err=True,
         )
-    click.echo(f"{len(problems)} problems, {clock(budget * len(problems))} at the most.", err=True)
+    problems_s = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    click.echo(f"{problems_s}, up to {clock(budget * len(problems))}, and what setting them up takes.", err=True)

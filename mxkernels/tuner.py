@@ -15,9 +15,22 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from .tune import Choice, Config, Entry, Problem, Stamp, cache_path, find_config, load, recording, share, store
+from .tune import (
+    BrokenTable,
+    Choice,
+    Config,
+    Entry,
+    Problem,
+    Stamp,
+    cache_path,
+    find_config,
+    load,
+    recording,
+    share,
+    store,
+)
 from .tune.limits import Footprint, Limits
-from .tune.ranks import joined, one_of_many
+from .tune.ranks import joined, one_of_many, same_stamps
 from .tune.search import BREADTHS, Breadth, Progress, search, usable_cpus
 from .tune.space import candidates
 from .tune.task import Result, Task
@@ -45,7 +58,7 @@ def autotune(
         budget: seconds for each problem, on average; most need far fewer.
         jobs: processes that compile; None is one for each CPU that this process may use.
         progress: called with the stage ("compile" or "measure"), how much of it is done, of how much, and what is next.
-        path: of the table that is written; None is the user's cache.
+        path: of a table that is written, for others, and not looked up; None is the user's cache, which is.
 
     Returns:
         A result for each problem: before, after, the limit, and the candidates that failed. Each is stored as soon as
@@ -53,11 +66,12 @@ def autotune(
 
     Raises:
         ValueError: there is no GPU, or `what` met no problem.
-        tune.TableError: the table cannot be written.
-        RuntimeError: this process was launched as one of many, and has not joined them yet.
+        tune.TableError: the table cannot be written, or what is at `path` is none.
+        RuntimeError: this process was launched as one of many, and has not joined them yet; or not all of these have
+            the same GPU, Triton and kernels.
 
     In a job of many processes all call it: each runs `what`, the first tunes all that any of them met, and all use
-    what it found. What one of them raises, all raise: the others as a RuntimeError that names it.
+    what is in its cache then. What one of them raises, all raise: the others as a RuntimeError that names it.
     """
 
     def prepare() -> list[Problem]:
@@ -130,12 +144,15 @@ def tune_problems(
     if not problems:
         return []
     limits = Limits.of(device)
+    if path is not None:
+        load(path)  # what somebody named and is no table is not set aside, as a cache would be
     path = store({}, Stamp.of(device, problems[0].op), path)  # says what cannot be written before anything is measured
 
     def keep(result: Result) -> None:
         found(result)
-        if result.before_us is not None and result.after_us is not None:
-            entry = Entry(result.config, result.before_us, result.after_us, date.today().isoformat())
+        if result.after_us is not None:
+            before_us = result.after_us if result.before_us is None else result.before_us
+            entry = Entry(result.config, before_us, result.after_us, date.today().isoformat())
             store({result.problem.key: entry}, Stamp.of(device, result.problem.op), path)
 
     return search(
@@ -152,11 +169,19 @@ def tune_problems(
 
 
 def untuned(problems: Sequence[Problem], device: torch.device, path: Path | None = None) -> list[Problem]:
-    """Those that a table, or the user's cache, has nothing for."""
+    """Those that a table, or the user's cache, has nothing for.
+
+    Raises:
+        tune.TableError: the table cannot be read; or it is none, and somebody named it.
+    """
     known: set[str] = set()
     for op in {problem.op for problem in problems}:
         stamp = Stamp.of(device, op)
-        known |= load(path or cache_path(stamp)).entries(stamp, op)[0].keys()
+        try:
+            known |= load(path or cache_path(stamp)).entries(stamp, op)[0].keys()
+        except BrokenTable:  # which is set aside when the first result is stored
+            if path is not None:
+                raise
     return [problem for problem in problems if problem.key not in known]
 
 
@@ -185,6 +210,7 @@ def _with_all_ranks(
     group = distributed.new_group(backend="gloo", timeout=timedelta(days=1))  # for it may take longer than others wait
     try:
         problems = problems_of(problem for its in _gathered(prepare, group) for problem in its)
+        same_stamps(group)
         found: list[list[Result]] = _gathered(lambda: find(problems) if distributed.get_rank() == 0 else [], group)
     finally:
         distributed.destroy_process_group(group)

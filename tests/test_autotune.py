@@ -29,6 +29,7 @@ from mxkernels.tune import CastConfig, Choice, HopperConfig, Problem, contest
 from mxkernels.tune.limits import Limits
 from mxkernels.tune.search import Breadth
 from mxkernels.tune.task import Fault, Result, Task
+from mxkernels.tune.worker import Failure
 from mxkernels.tuner import Runner, autotune, problems_of, task, tune_problems, untuned
 from mxkernels.workloads import META, proof, proof_problem, workload
 from mxkernels.workloads.products import Product
@@ -351,12 +352,30 @@ def test_one_of_many_has_to_join_them_first(h200: Path, monkeypatch: pytest.Monk
         autotune(QUANTIZE)
 
 
+def test_the_command_is_not_for_one_of_many(h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who would not see what is stored, and replace it by less."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    done = command("--op", "quantize", "--shape", "64x512")
+    assert done.exit_code == 2
+    assert "WORLD_SIZE says that this process is one of many" in done.stderr
+
+
+def test_a_file_that_is_no_table_is_not_replaced(h200: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("to do")
+    done = command("--op", "quantize", "--shape", "64x512", "--jobs", "1", "--export", str(notes))
+    assert done.exit_code == 2
+    assert f"{notes} is no table of configs" in done.stderr
+    assert notes.read_text() == "to do"
+    assert [path.name for path in tmp_path.glob("notes*")] == ["notes.txt"]
+
+
 def test_a_table_that_cannot_be_written_is_refused_before_the_measuring(
     h200: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(tuner, "search", lambda *arguments, **options: pytest.fail("it was searched"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(tune.TableError, match="cannot be written"):
+    with pytest.raises(tune.TableError, match="cannot be read"):
         tune_problems([QUANTIZE], DEVICE, budget=60, path=tmp_path / "file" / "table.json")
 
 
@@ -452,6 +471,25 @@ def test_resume(h200: Path) -> None:
     assert "1 of 1 problems are stored already." in done.stderr
 
 
+def test_resume_with_a_cache_that_is_none(h200: Path) -> None:
+    h200.parent.mkdir(parents=True, exist_ok=True)
+    h200.write_text('{"sections": [')
+    with pytest.warns(UserWarning, match="it is set aside as"):
+        done = command("--op", "quantize", "--shape", "64x512", "--jobs", "1", "--resume")
+    assert done.exit_code == 0, done.output
+    assert "0 of 1 problems are stored already." in done.stderr
+    assert len(tune.load(h200).sections) == 1
+
+
+def test_a_config_that_fails_has_no_time(h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored of the one that takes its place is its own time alone."""
+    monkeypatch.setattr(tuner, "make_runner", fakes.runner_of_tall_tiles)
+    (result,) = autotune(QUANTIZE, jobs=1)
+    assert (result.before_us, result.after_us) == (None, 80.0)
+    entry = tune.load(h200).entries(H200, "quantize")[0][QUANTIZE.key]
+    assert (entry.before_us, entry.after_us) == (80.0, 80.0)
+
+
 def test_export(h200: Path, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -474,7 +512,7 @@ def test_dry_run() -> None:
     assert done.exit_code == 0, done.output
     ops = [line.split()[0] for line in done.stdout.splitlines()[2:]]
     assert ops == ["quantize", "quantize", "fold", "quantize_fold", "fold", "quantize_fold", "multiply"]
-    assert "7 problems, 7:00 at the most." in done.stderr
+    assert "7 problems, up to 7:00, and what setting them up takes." in done.stderr
 
 
 def test_a_dry_run_without_a_gpu_does_not_resume() -> None:
@@ -494,7 +532,7 @@ def test_a_dry_run_resumes(h200: Path, tmp_path: Path) -> None:
     assert "2 problems, " in command(*arguments).stderr
     done = command(*arguments, "--export", str(path))
     assert "1 of 2 problems are stored already." in done.stderr
-    assert "1 problems, " in done.stderr
+    assert "\n1 problem, up to 1:00" in done.stderr
 
 
 def test_the_largest_shape() -> None:
@@ -514,7 +552,7 @@ def test_the_readmes_two_minutes() -> None:
     for line in lines:
         arguments, comment = line.split("#")
         done = command(*arguments.split(), "--dry-run")
-        problems, minutes, seconds = re.findall(r"(\d+) problems, (\d+):(\d+) at the most", done.stderr)[0]
+        problems, minutes, seconds = re.findall(r"(\d+) problems, up to (\d+):(\d+)", done.stderr)[0]
         assert int(minutes) * 60 + int(seconds) <= 130
         assert f" {problems} " in comment
 
@@ -527,6 +565,15 @@ def test_dry_run_for_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[0].split()[-4:] == ["compile", "compiled", "to", "run"]
     assert done.stdout.splitlines()[2].split()[-3:] == ["8", "8", "4"]  # of the first search
+
+
+def test_a_dry_run_says_what_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = Failure("it raised ValueError: there is no such instruction")
+    monkeypatch.setattr(cli_tune, "compile_all", lambda requests, *rest: dict.fromkeys(requests, failure))
+    done = command("--op", "quantize", "--shape", "64x512", "--dry-run", "--architecture", "sm_90")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[2].split()[-3:] == ["8", "0", "0"]
+    assert done.stdout.count("it raised ValueError: there is no such instruction") == 8
 
 
 def test_a_dry_run_says_what_it_assumes() -> None:
@@ -566,6 +613,10 @@ def test_few_rows_are_multiplied_plain_too() -> None:
         (["--architecture", "h200", "--dry-run"], "'h200' is no architecture; allowed: sm_80"),
         (["--shape", "8x8x8x8", "--dry-run"], "Invalid value for '--shape'"),
         (["--op", "quantize", "--shape", "8x8x8", "--dry-run"], "Invalid value for '--shape'"),
+        (
+            ["--op", "quantize,fold", "--activations", "bfloat16"],
+            "'--activations': quantize, fold have none; allowed: ",
+        ),
         (["--export", "/no/such/folder/table.json"], "there is no folder /no/such/folder"),
         (["--export", "table.json", "--dry-run"], "Invalid value for '--export': a dry run stores nothing; allowed: "),
         (["--resume", "--dry-run", "--architecture", "sm_90"], "Invalid value for '--resume': what is stored is"),
@@ -610,21 +661,27 @@ def test_the_table_at_the_end() -> None:
 
 
 def test_the_progress_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    clock = iter((0.0, 0.0, 10.0, 20.0, 100.0))
+    """It takes no more columns than there are; and what the budget ends, it knows."""
+    monkeypatch.setenv("COLUMNS", "70")
+    clock = iter((0.0, 0.0, 10.0, 20.0, 100.0, 150.0, 155.0))
     monkeypatch.setattr(cli_tune.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    line = cli_tune.ProgressLine()
+    line = cli_tune.ProgressLine(160.0)
     line("compile", 0, 40, "quantize")
     line("compile", 10, 40, "quantize")
-    line("compile", 20, 40, "quantize")
+    line("compile", 20, 40, "quantize e2m1 1x32 rtne")
     line("measure", 0, 4, "quantize")
+    line("measure", 1, 4, "quantize")
+    line("compile", 1, 1, "quantize")
     line.clear()
     shown = [each.removeprefix("\x1b[K") for each in capsys.readouterr().err.split("\r") if each]
     assert shown == [
-        "compiling 0/40  quantize",
-        "compiling 10/40, 0:30 left  quantize",
-        "compiling 20/40, 0:20 left  quantize",
-        "measuring 0/4  quantize",
+        "[                    ] compiling 0/40  quantize",
+        "[#####               ] compiling 10/40, 0:30 left  quantize",
+        "[##########          ] compiling 20/40, 0:20 left  quantize e2m1 1x32",
+        "[                    ] measuring 0/4  quantize",
+        "[#####               ] measuring 1/4, 0:10 left  quantize",
+        "[####################] compiling 1/1, 0:00 left  quantize",
         "",
     ]
 
@@ -633,7 +690,7 @@ def test_progress_off_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     """A line at each stage's start, and then at most one every 15 seconds."""
     clock = iter((100.0, 102.0, 110.0, 117.0, 131.9, 140.0, 141.0, 155.0))
     monkeypatch.setattr(cli_tune.time, "monotonic", lambda: next(clock))
-    line = cli_tune.ProgressLine()
+    line = cli_tune.ProgressLine(600.0)
     for done in (0, 10, 20, 30):
         line("compile", done, 40, "quantize")
     for done in (0, 1, 2):
@@ -835,6 +892,7 @@ from mxkernels.tune import Problem
 rank, place = int(sys.argv[1]), sys.argv[2]
 distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
 shared = []
+tuner.same_stamps = lambda group: None
 tuner.share = lambda: shared.append(rank)
 
 
@@ -870,6 +928,14 @@ def say(prepare, find):
 say(prepare, find)
 say(fails if rank == 1 else prepare, find)
 say(prepare, lambda problems: fails())
+
+
+def differ(group):
+    raise RuntimeError("rank 1 has another GPU")
+
+
+tuner.same_stamps = differ
+say(prepare, lambda problems: print("it was searched"))
 print(shared == [rank])
 distributed.destroy_process_group()
 """
@@ -895,4 +961,4 @@ def test_the_first_rank_tunes_for_all(tmp_path: Path) -> None:
     assert first[1] == "RuntimeError: rank 1 raised Unsendable: 1 is out of memory"
     assert first[2] == "Unsendable: 0 is out of memory"
     assert second[2] == "RuntimeError: rank 0 raised Unsendable: 0 is out of memory"
-    assert first[3:] == second[3:] == ["True"]
+    assert first[3:] == second[3:] == ["RuntimeError: rank 1 has another GPU", "True"]

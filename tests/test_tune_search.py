@@ -93,9 +93,10 @@ def test_a_candidate_that_does_not_compile(does: int, monkeypatch: pytest.Monkey
 
 
 def test_the_present_config_may_be_the_bad_one() -> None:
-    """It is replaced by the fastest other, by however little."""
+    """It is replaced by the fastest other, by however little; and has no time that counts."""
     (result,) = run(task(config(10, fakes.WRONG), config(90), config(80), config(95)))
     assert result.config == config(80)
+    assert (result.before_us, result.after_us, result.gain) == (None, 80, None)
     assert [str(fault) for fault in result.faults] == [f"{config(10, fakes.WRONG)}: 12 bytes differ"]
 
 
@@ -179,6 +180,17 @@ def test_no_wider_search_without_time() -> None:
     (result,) = run(*tasks, runner=partial(fakes.runner, seconds=0.1), budget_s=2.0, found=found.append)
     assert found == [result]
     assert result.gain > 1.03  # type: ignore[operator]
+
+
+def test_a_wider_search_that_fails_takes_nothing_back() -> None:
+    found: list[Result] = []
+    (result,) = run(task(*(config(us) for us in range(600, 100, -10))), runner=fakes.opens_once, found=found.append)
+    first, last = found
+    assert result == last
+    assert (last.config, last.before_us, last.after_us) == (first.config, 600, first.after_us)
+    assert [str(fault) for fault in last.faults] == [
+        "the problem: it raised MemoryError: there is no memory for the operands"
+    ]
 
 
 def outcome(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -29,8 +31,9 @@ def test_it_answers_from_a_process_of_its_own() -> None:
         (("kill",), "it crashed: its process ended with signal 9, SIGKILL"),
         (("sleep", 3600), "it hung: there was no answer in 1 s"),
         (("raise",), "it raised ValueError: the first cause"),
+        (("raise in lines",), "it raised MemoryError: there is no memory Tried to allocate 64 GiB$"),
     ],
-    ids=["exits", "is killed", "hangs", "raises"],
+    ids=["exits", "is killed", "hangs", "raises", "raises in lines"],
 )
 def test_what_fails_costs_one_request(request_: tuple[object, ...], says: str) -> None:
     with Worker(fakes.echo) as worker:
@@ -61,6 +64,35 @@ def test_killed_between_two_requests() -> None:
         with pytest.raises(Failure, match="SIGKILL"):
             worker.ask("same", seconds=60)
         assert worker.ask("same", 1, seconds=60) == (1,)
+
+
+def test_an_interrupt_is_its_parents_affair() -> None:
+    """From the first on, while it imports what it needs."""
+    with Worker(fakes.echo) as worker:
+        worker.start()
+        time.sleep(0.3)
+        assert worker.process_id is not None
+        os.kill(worker.process_id, signal.SIGINT)
+        assert worker.ask("pid", seconds=60) == worker.process_id
+        assert worker.generation == 1
+
+
+ABANDONS = """
+import os, threading, time
+import tuning_fakes as fakes
+from mxkernels.tune.worker import Worker
+worker = Worker(fakes.echo)
+worker.wait()
+threading.Thread(target=worker.ask, args=("sleep", 1.0), kwargs={"seconds": 60}, daemon=True).start()
+time.sleep(0.2)
+os._exit(3)
+"""
+
+
+def test_whose_parent_is_gone_ends_without_a_word() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", ABANDONS], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (3, "")  # read until the worker has closed its end too
 
 
 def test_a_handler_that_cannot_be_made() -> None:

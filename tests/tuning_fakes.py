@@ -70,6 +70,20 @@ def _run(
     return tuple(config.tile_cols + noise_us * (sample % 2) for sample in range(arguments[1]))
 
 
+def opens_once() -> Callable[..., Any]:
+    """A runner for which a problem's operands fit once."""
+    opened: list[Problem] = []
+
+    def handle(request: str, problem: Problem, *arguments: Any) -> Any:
+        if request == "open":
+            if problem in opened:
+                raise MemoryError("there is no memory for the operands")
+            opened.append(problem)
+        return _run(0.0, True, None, 0.0, request, problem, *arguments)
+
+    return handle
+
+
 def _misbehave(config: CastConfig) -> str | None:
     if config.num_warps == CRASHES:
         os._exit(139)
@@ -101,6 +115,8 @@ def _echo(what: str, *arguments: Any) -> Any:
             raise ValueError("the first cause")
         except ValueError as error:
             raise RuntimeError("what wraps it") from error
+    if what == "raise in lines":
+        raise MemoryError("there is no memory\n  Tried to allocate  64 GiB\n")
     return arguments
 
 
@@ -132,6 +148,17 @@ def instant_runner(device: object, limits: object) -> Callable[..., Any]:
 
 def runner_without_memory(device: object, limits: object) -> Callable[..., Any]:
     return runner(opens=False)
+
+
+def runner_of_tall_tiles(device: object, limits: object) -> Callable[..., Any]:
+    """For which tiles of one row are wrong."""
+    return _tall
+
+
+def _tall(request: str, problem: Problem, *arguments: Any) -> Any:
+    if request == "check" and arguments[0].tile_rows == 1:
+        return "12 bytes differ"
+    return _instant(request, problem, *arguments)
 
 
 def _instant(request: str, problem: Problem, *arguments: Any) -> Any:

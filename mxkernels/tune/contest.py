@@ -123,8 +123,8 @@ class Contest:
             if time.monotonic() > end:
                 self.rivals = [rival for rival in self.rivals if rival.config == kept or rival in ahead[:1]]
 
-    def duel(self, kept: Config) -> tuple[Config, float, float] | None:
-        """The winner, and the times of `kept` and of it, of new samples; None if there is nobody.
+    def duel(self, kept: Config) -> tuple[Config, float | None, float] | None:
+        """The winner, and the times of `kept`, if it has one, and of it, of new samples; None if there is nobody.
 
         Both are timed in every round, in turns first and second. The difference of a round's medians is a sample; the
         noise is three standard errors of these, by their median absolute deviation. Only by more does one beat what
@@ -147,7 +147,7 @@ class Contest:
             return None
         first, last = pair[0], pair[-1]
         if first.config != kept:  # which failed, so that any is better
-            return first.config, first.median_us, first.median_us
+            return first.config, None, first.median_us
         if len(pair) == 2 and statistics.median(differences) > max(noise(differences), LEAST_GAIN * first.median_us):
             return last.config, first.median_us, last.median_us
         return kept, first.median_us, first.median_us

@@ -75,6 +75,19 @@ def share(group: distributed.ProcessGroup | None = None) -> None:
     if not (joined() and one_of_many()):
         return
     follow_ranks()
+    stamps = same_stamps(group)
+    message = [_cached(stamps) if distributed.get_rank(group) == 0 else {}]
+    distributed.broadcast_object_list(message, group=group, group_src=0)
+    _shared = {op: (stamp, message[0][op]) for op, stamp in stamps.items()}
+    TABLES_CHANGED.happened()
+
+
+def same_stamps(group: distributed.ProcessGroup | None = None) -> dict[str, Stamp]:
+    """The stamp of every op, which all ranks have: a collective.
+
+    Raises:
+        RuntimeError: they have not.
+    """
     mine = _stamps() if torch.cuda.is_available() else None
     stamps: list[dict[str, Stamp] | None] = [None] * distributed.get_world_size(group)
     distributed.all_gather_object(stamps, mine, group)
@@ -86,10 +99,7 @@ def share(group: distributed.ProcessGroup | None = None) -> None:
             if its[op] != first[op]:
                 raise RuntimeError(f"rank {rank} has {its[op]}, rank 0 {first[op]}; allowed: all the same")
     assert first is not None
-    message = [_cached(first) if distributed.get_rank(group) == 0 else {}]
-    distributed.broadcast_object_list(message, group=group, group_src=0)
-    _shared = {op: (stamp, message[0][op]) for op, stamp in first.items()}
-    TABLES_CHANGED.happened()
+    return first
 
 
 def _stamps() -> dict[str, Stamp]:

@@ -81,15 +81,18 @@ def search(
             if not tasks or left_s <= 0:
                 break
             chosen = [shortlist(task, limits, breadth.compiled) for task in tasks]
-            requests = [request for request in _by_rank(tasks, chosen) if request not in compiled]
+            requests = [request for request in by_rank(tasks, chosen) if request not in compiled]
             compiled |= compile_all(requests, compiler, jobs, left_s / 2, progress)
             end = max(end, time.monotonic() + left_s / 2)
             for done, (task, configs) in enumerate(zip(tasks, chosen, strict=True)):
                 progress("measure", done, len(tasks), str(task.problem))
                 outcomes = {config: compiled.get((task.problem, config)) for config in configs}
                 seconds = (end - time.monotonic()) / (len(tasks) - done)
-                results[task.problem] = fastest(task, outcomes, limits, breadth.run, worker, seconds)
-                found(results[task.problem])
+                result = fastest(task, outcomes, limits, breadth.run, worker, seconds)
+                if result.after_us is None and task.problem in results:
+                    result = replace(results[task.problem], faults=result.faults)
+                results[task.problem] = result
+                found(result)
             progress("measure", len(tasks), len(tasks), "")
             tasks = [wide for wide in (wider(task, results[task.problem]) for task in tasks) if wide is not None]
     return list(results.values())
@@ -163,7 +166,7 @@ def _kept_always(task: Task) -> tuple[Config, Config]:
     return task.before.config, task.candidates[0]
 
 
-def _by_rank(tasks: Sequence[Task], chosen: Sequence[Sequence[Config]]) -> Iterable[tuple[Problem, Config]]:
+def by_rank(tasks: Sequence[Task], chosen: Sequence[Sequence[Config]]) -> Iterable[tuple[Problem, Config]]:
     """Each problem's first candidate, then each one's second …: should time run out, all have had their best."""
     for rank in range(max(map(len, chosen), default=0)):
         for task, configs in zip(tasks, chosen, strict=True):

@@ -46,7 +46,8 @@ class Result:
 
     Attributes:
         config: the fastest, or `before`'s where none is by more than the noise.
-        before_us, after_us: medians with a cold L2 cache; None where nothing could be measured.
+        before_us, after_us: medians with a cold L2 cache; None where nothing could be measured, and of what served
+            before, where that has failed.
         limit_us: what nothing that does the work can beat; None likewise.
         candidates, compiled, run: how many there were.
         seconds: that it took to run them.

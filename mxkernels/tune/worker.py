@@ -15,6 +15,11 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
+# What the process runs. An interrupt is its parent's affair, which then ends it: before anything else is imported.
+_CODE = """import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from mxkernels.tune.worker_process import main
+main()"""
 START_S = 180.0  # to import what handles requests, and to reach the GPU
 
 Handler = Callable[..., Any]
@@ -89,7 +94,7 @@ class Worker:
                 environment[name] = value
         with far_end:
             descriptor = far_end.fileno()
-            command = [sys.executable, "-m", "mxkernels.tune.worker_process", str(descriptor)]
+            command = [sys.executable, "-c", _CODE, str(descriptor)]
             self._process = subprocess.Popen(
                 command, pass_fds=[descriptor], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
             )

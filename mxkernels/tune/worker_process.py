@@ -1,14 +1,11 @@
-"""The process that a `Worker` asks.
-
-python -m mxkernels.tune.worker_process DESCRIPTOR      answers until its pipe is closed
-"""
+"""The process that a `Worker` asks. Its argument is the descriptor of a pipe; it answers until that is closed."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from multiprocessing.connection import Connection
+from typing import Any
 
 from .worker import Handler
 
@@ -19,7 +16,7 @@ def serve(connection: Connection) -> None:
     while True:
         try:
             request = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         try:
             if handle is None:
@@ -27,18 +24,25 @@ def serve(connection: Connection) -> None:
             else:
                 answer = handle(*request)
         except Exception as error:
-            connection.send((False, f"it raised {_innermost(error)}"))
+            _send(connection, (False, f"it raised {_innermost(error)}"))
             os._exit(1)  # not by way of destructors, which hang in a poisoned GPU context
-        connection.send((True, answer))
+        _send(connection, (True, answer))
+
+
+def _send(connection: Connection, message: tuple[bool, Any]) -> None:
+    """Send, if anybody is there still."""
+    try:
+        connection.send(message)
+    except OSError:
+        os._exit(1)
 
 
 def _innermost(error: BaseException) -> str:
-    """What went wrong in the first place: compilers wrap it."""
+    """What went wrong in the first place, in one line: compilers wrap it."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {str(error)[-1000:]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[-1000:]}"
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's affair, which ends this process then
+def main() -> None:
     serve(Connection(int(sys.argv[1])))
