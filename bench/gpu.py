@@ -63,7 +63,9 @@ TUNED = {
     "layers_e2m3": f"--op matmul --fmt e2m3 --shape {LAYERS}",
     "turned": "--op fold_transposed --fmt e2m1 --block 1x32,4x4 --shape 8192x8192,4096x14336,14336x4096,4096x4096",
     "folded": "--op matmul --fmt e2m1 --shape 64x8192x8192,256x8192x8192,1024x8192x8192,4096x4096x14336",
-    "weights": "--op matmul --fmt e2m1 --activations bfloat16 --shape 8192x8192,4096x14336",
+    "folded_layers": "--op matmul --fmt e2m1 --shape 64x4096x14336,256x4096x14336,1024x4096x14336,14336x4096x4096",
+    "weights": "--op matmul --fmt e2m1 --activations bfloat16 "
+    "--shape 8192x8192,4096x14336,4x8192x8192,4x4096x14336",
     "in_bf16": "--op matmul --fmt mxfp8_e4m3,mxint8 --shape 8192x8192x8192",
 }
 BUDGET = "4s"  # for each problem; what is left is done by the next run

@@ -91,7 +91,8 @@ def architecture_named(text: str) -> str:
     multiple=True,
     metavar="SHAPE",
     callback=each(shapes_named),
-    help="RxC of a matrix, which is the weights [N, K] of a matmul whose M is "
+    help="RxC of a matrix (what quantize_transposed takes, such as w.T; what fold_transposed turns, as it is stored), "
+    "which is the weights [N, K] of a matmul whose M is "
     f"{', '.join(map(str, ROWS['cuda']))}; MxNxK of a matmul; or the layers of a model: {', '.join(SHAPES)}. A config "
     "serves all M up to the next power of two. Repeat it, or separate with commas.  [default: 16384x16384 and, of a "
     "matmul, 8192x8192]",
