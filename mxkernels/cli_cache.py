@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 from tabulate import tabulate
 
 from .arguments import Mistake, Program
-from .tune import OPS, Stamp, Table, TableError, cache_directory, load, remove, tables_in
+from .tune import OPS, BrokenTable, Stamp, Table, TableError, cache_directory, load, remove, tables_in
 from .tune.location import SHIPPED, VARIABLE, table_name
+from .tune.table import NoFile, printable, set_aside
 
 
 @click.group(cls=Program, short_help="The tuned configs that are stored.")
@@ -39,22 +41,26 @@ def list_tables(entries: bool) -> None:
     """What is stored: a line for each op in each section of a file, the user's first, then those that are shipped.
 
     "used" is what was measured with this Triton and the op's kernels as they are, on its own GPU; what is shipped also
-    on GPUs of the same architecture that have none.
+    on GPUs of the same architecture that have none. Of these configs those that cannot serve are not counted but said.
     """
     rows: list[list[object]] = []
-    for file in [*tables_in(cache_directory()), *tables_in(SHIPPED)]:
+    stored = 0
+    for file in [*_tables(cache_directory()), *tables_in(SHIPPED)]:
         try:
             table = load(file)
         except TableError as error:
             rows.append([_place(file), *[""] * (4 if entries else 5), f"no: {error}"])
             continue
         rows += _entry_rows(file, table) if entries else _part_rows(file, table)
+        stored += sum(count for _, _, count in table.parts())
     if not rows:
-        click.echo("Nothing is stored.")
+        none = f"None of the {stored} that are stored can be used here: `mxkernels cache list` says why."
+        click.echo(none if stored else "Nothing is stored.")
         return
     parts = ["GPU", "SMs", "Triton", "op", "configs", "used"]
     headers = ["from", *(["problem", "config", "before µs", "after µs", "date"] if entries else parts)]
-    click.echo(tabulate(rows, headers, tablefmt="simple", floatfmt=".1f"))
+    cells = [[printable(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    click.echo(tabulate(cells, headers, tablefmt="simple", floatfmt=".1f"))
 
 
 @cache.command(short_help="Whether all that is stored can be used.")
@@ -65,9 +71,9 @@ def verify(files: tuple[Path, ...]) -> None:
     a line for each fault."""
     faults: list[str] = []
     usable = elsewhere = 0
-    for file in files or tables_in(cache_directory()):
-        if not file.exists():
-            raise Mistake(f"Invalid value for 'FILES': there is no file {file}")
+    for file in files or _tables(cache_directory()):
+        if _is_absent(file):
+            raise Mistake(printable(f"Invalid value for 'FILES': there is no file {file}"))
         try:
             table = load(file)
         except TableError as error:
@@ -78,7 +84,7 @@ def verify(files: tuple[Path, ...]) -> None:
         elsewhere += waiting
         faults += [f"{file}: {fault}" for fault in wrong]
     for fault in faults:
-        click.echo(fault, err=True)
+        click.echo(printable(fault), err=True)
     if faults:
         raise SystemExit(1)
     click.echo(f"Configs: {usable}, all of which can be used.")
@@ -90,27 +96,59 @@ def verify(files: tuple[Path, ...]) -> None:
 @click.option("--gpu", metavar="NAME", help='Only of this GPU, such as "NVIDIA H200" or nvidia-h200.')
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def clear(gpu: str | None, yes: bool) -> None:
-    """Delete the user's files, of all GPUs or of one. Those that are shipped stay."""
-    files = tables_in(_directory())
+    """Delete the user's files, of all GPUs or of one, and what was set aside since it was no table. What is no table
+    stays, unless --gpu names it; so do those that are shipped."""
+    files = _tables(_directory())
     if gpu is not None:
-        names = [file.stem for file in files]
-        files = [file for file in files if file.name == table_name(gpu)]
-        if not files:
-            raise Mistake(
-                f"Invalid value for '--gpu': nothing of {gpu} is stored; allowed: {', '.join(names) or 'none'}"
-            )
-    if not files:
-        click.echo("Nothing is stored.")
-        return
-    for file in files:
-        click.echo(file)
-    if not yes:
-        click.confirm(f"Delete {len(files)} file{'s' if len(files) > 1 else ''}?", abort=True)
+        files = _of_gpu(files, gpu)
+    files, failures = _sorted_out(files, named=gpu is not None)
+    doomed = [each for file in files for each in (file, *set_aside(file))]
+    for each in doomed:
+        click.echo(printable(str(each)))
+    if doomed and not yes:
+        click.confirm(f"Delete {len(doomed)} file{'s' if len(doomed) > 1 else ''}?", abort=True)
     for file in files:
         try:
             remove(file)
         except TableError as error:
-            raise Mistake(str(error)) from None
+            failures.append(str(error))
+    if failures:
+        raise Mistake(printable("; ".join(failures)))
+    if not files:
+        click.echo("Nothing is stored.")
+
+
+def _of_gpu(files: list[Path], gpu: str) -> list[Path]:
+    found = [file for file in files if file.name == table_name(gpu)]
+    if not found:
+        names = ", ".join(file.stem for file in files) or "none"
+        raise Mistake(printable(f"Invalid value for '--gpu': nothing of {gpu} is stored; allowed: {names}"))
+    return found
+
+
+def _sorted_out(files: list[Path], named: bool) -> tuple[list[Path], list[str]]:
+    """The files to delete, and a sentence for each that should be and cannot. What is no table may be somebody else's:
+    unless it was named it stays, and a sentence says so."""
+    found, failures = [], []
+    for file in files:
+        if _is_absent(file):
+            continue  # a link to nothing
+        fault = _fault(file)
+        if fault is None or (named and isinstance(fault, BrokenTable)):
+            found.append(file)
+        elif named or not isinstance(fault, (BrokenTable, NoFile)):
+            failures.append(str(fault))
+        else:
+            click.echo(printable(f"{fault}; it stays"), err=True)
+    return found, failures
+
+
+def _fault(file: Path) -> TableError | None:
+    try:
+        load(file)
+    except TableError as error:
+        return error
+    return None
 
 
 def _directory() -> Path:
@@ -120,20 +158,45 @@ def _directory() -> Path:
     return directory
 
 
+def _tables(directory: Path | None) -> list[Path]:
+    """The user's files; raises Mistake for a directory that cannot be read, which to `tables_in` is an empty one."""
+    try:
+        if directory is not None:
+            os.scandir(directory).close()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        why = f"{directory} cannot be read: {error.strerror}; allowed for {VARIABLE}: a directory that can"
+        raise Mistake(printable(why)) from None
+    return tables_in(directory)
+
+
+def _is_absent(file: Path) -> bool:
+    try:
+        file.stat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)  # of others `load` says why they cannot be read
+    return False
+
+
 def _place(file: Path) -> str:
     return f"shipped {file.name}" if file.parent == SHIPPED else f"cache {file.name}"
 
 
 def _part_rows(file: Path, table: Table) -> list[list[object]]:
     return [
-        [_place(file), stamp.gpu, stamp.sm_count, stamp.triton, op, count, _use(stamp, op)]
+        [_place(file), stamp.gpu, stamp.sm_count, stamp.triton, op, *_use(table, stamp, op, count)]
         for stamp, op, count in table.parts()
     ]
 
 
-def _use(stamp: Stamp, op: str) -> str:
+def _use(table: Table, stamp: Stamp, op: str, count: int) -> tuple[int, str]:
+    """Of an op's configs, how many count, and whether they are used."""
     differences = _differences(stamp, op)
-    return f"no: {differences}" if differences else "yes"
+    if differences:
+        return count, f"no: {differences}"
+    entries, faults = table.entries(stamp, op)
+    return len(entries), ("yes" if entries else "no") + (f", {len(faults)} cannot serve" if faults else "")
 
 
 def _differences(stamp: Stamp, op: str) -> str:

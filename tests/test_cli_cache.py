@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from tuned import H100, H200, PROBLEM, cast, entry, forget, install, keep, ship
+from tuned import A100, H100, H200, PROBLEM, cast, entry, forget, install, keep, ship
 
 from mxkernels import tune
 from mxkernels.cli import cli
@@ -66,6 +69,42 @@ def test_list() -> None:
     assert lines[-1] == f"shipped nvidia-h100-pcie.json NVIDIA H100 PCIe 114 {H100.triton} quantize 1 yes"
 
 
+def test_list_counts_what_can_serve() -> None:
+    path = tune.store({PROBLEM.key: entry(cast(1)), OTHER.key: entry(cast(2))}, H200)
+    for count, use in ((1, "1 yes, 1 cannot serve"), (2, "0 no, 2 cannot serve")):
+        path.write_text(path.read_text().replace('"num_warps": 4', '"num_warps": true', 1))
+        (line,) = invoke("list").stdout.splitlines()[2:]
+        assert " ".join(line.split()).endswith(f" quantize {use}"), count
+
+
+def test_list_of_entries_of_which_none_serves() -> None:
+    path = tune.store({PROBLEM.key: entry(cast(1)), OTHER.key: entry(cast(2))}, replace(H200, triton="3.0.0"))
+    faulty = tune.store({PROBLEM.key: entry(cast(1))}, H200)
+    assert path == faulty
+    path.write_text(path.read_text().replace("CastConfig", "LaterConfig"))
+    result = invoke("list", "--entries")
+    assert result.stdout == "None of the 3 that are stored can be used here: `mxkernels cache list` says why.\n"
+    tune.remove(path)
+    assert invoke("list", "--entries").stdout == "Nothing is stored.\n"
+
+
+def test_what_a_file_says_is_only_shown() -> None:
+    """Nothing of it reaches the terminal that this would obey, and what cannot be encoded stops nothing."""
+    shown = r"\x1b[31m\x07\ud800"
+    gpu = shown.encode().decode("unicode_escape")
+    path = tune.store({PROBLEM.key: entry(cast(1))}, replace(H200, gpu=gpu), location.SHIPPED / "a.json")
+    named = path.with_name(f"{gpu[:-1]}.json")
+    named.write_text(path.read_text().replace('"quantize | ', '"quant\\u001bize | ').replace(H200.kernels, r"\u0007"))
+    for command in (["list"], ["list", "--entries"], ["verify", str(path), str(named)]):
+        result = invoke(*command)
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        assert (result.stdout + result.stderr).replace("\n", "").isprintable()
+    lines = invoke("list").stdout.splitlines()
+    assert shown in lines[-1]
+    assert r"quant\x1bize" in lines[2]
+    assert r"quant\x1bize" in result.stderr
+
+
 def test_list_of_entries() -> None:
     tune.store({PROBLEM.key: entry(cast(1)), OTHER.key: entry(cast(2))}, H200)
     tune.store({replace(PROBLEM, dtype="float32").key: entry(cast(3))}, replace(H200, triton="3.0.0"))
@@ -104,6 +143,43 @@ def test_verify_names_what_cannot_be_used(tmp_path: Path) -> None:
     result = invoke("verify", str(tmp_path / "absent.json"))
     assert result.exit_code == 2
     assert "there is no file" in result.stderr
+
+
+def test_verify_names_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root reads everything, so the folder that it may not search is made up."""
+    path, stat = tmp_path / "table.json", os.stat
+
+    def refuse(place: object, *arguments: Any, **options: Any) -> os.stat_result:
+        if place == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return stat(place, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    result = invoke("verify", str(path))
+    monkeypatch.undo()
+    assert (result.exit_code, result.stderr) == (1, f"{path} cannot be read: Permission denied\n")
+
+
+@pytest.mark.parametrize("command", ["list", "verify", "clear"])
+def test_a_cache_that_cannot_be_read(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What may not be read, has too long a name, or is no folder, is not empty."""
+    allowed = "allowed for MXKERNELS_CACHE: a directory that can"
+    file, long, closed = tmp_path / "file", tmp_path / ("x" * 300), tmp_path / "closed"
+    file.write_text("")
+    closed.mkdir()
+    scandir = os.scandir
+
+    def refuse(place: Any = ".") -> Any:
+        if place == closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for place, why in ((file, "Not a directory"), (long, "File name too long"), (closed, "Permission denied")):
+        monkeypatch.setenv(location.VARIABLE, str(place))
+        result = invoke(command)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr == f"mxkernels: {place} cannot be read: {why}; {allowed}\n"
 
 
 def test_an_op_whose_kernels_have_changed_is_listed_and_no_fault_of_the_others() -> None:
@@ -153,6 +229,53 @@ def test_clear_one_gpu() -> None:
     assert (h200.exists(), h100.exists()) == (True, False)
     assert invoke("clear", "--gpu", "nvidia-h200", "--yes").exit_code == 0
     assert (h200.exists(), shipped.exists()) == (False, True)
+
+
+def test_clear_leaves_what_is_no_table() -> None:
+    """It may be somebody else's."""
+    path = tune.store({PROBLEM.key: entry(cast(1))}, H200)
+    aside = path.with_name("nvidia-h200.json.broken")
+    aside.write_text("[")
+    package, folder, pipe, link = (path.with_name(f"{name}.json") for name in ("a-package", "folder", "pipe", "link"))
+    package.write_text('{"name": "a-package"}')
+    folder.mkdir()
+    os.mkfifo(pipe)
+    link.symlink_to("nowhere")
+    result = invoke("clear", "--yes")
+    assert (result.exit_code, result.stdout) == (0, f"{path}\n{aside}\n")
+    assert result.stderr.splitlines() == [
+        f'{package} is no table of configs: it has not the form {{"sections": [...]}}; it stays',
+        f"{folder} is a folder; allowed: a file; it stays",
+        f"{pipe} is a pipe; allowed: a file; it stays",
+    ]
+    left = [folder, link, path.with_name("nvidia-h200.json.lock"), pipe]
+    assert sorted(path.parent.iterdir()) == sorted([package, *left])
+    assert invoke("clear", "--yes").stdout == "Nothing is stored.\n"
+    result = invoke("clear", "--yes", "--gpu", "folder")
+    assert (result.exit_code, result.stderr) == (2, f"mxkernels: {folder} is a folder; allowed: a file\n")
+    assert invoke("clear", "--yes", "--gpu", "a-package").exit_code == 0
+    assert not package.exists()
+    assert all(os.path.lexists(each) for each in left)
+
+
+def test_clear_goes_on_after_what_cannot_be_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tune.store({PROBLEM.key: entry(cast(1))}, each) for each in (A100, H100, H200)]
+    unreadable = paths[0].with_name("unreadable.json")
+    unreadable.symlink_to(unreadable)
+
+    def refuse(path: Path) -> None:
+        if path == paths[1]:
+            raise tune.TableError(f"{path} cannot be deleted: Permission denied")
+        tune.remove(path)
+
+    monkeypatch.setattr("mxkernels.cli_cache.remove", refuse)
+    result = invoke("clear", "--yes")
+    assert [path.exists() for path in paths] == [False, True, False]
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"mxkernels: {unreadable} cannot be read: {os.strerror(errno.ELOOP)}; "
+        f"{paths[1]} cannot be deleted: Permission denied\n"
+    )
 
 
 def test_clear_says_what_cannot_be_deleted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import multiprocessing
@@ -19,10 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tuned import H100, H200, PROBLEM, SPEC, cast, entry, forget, install
 
-from mxkernels import tune
+from mxkernels import gpu, problems, tune
+from mxkernels.formats import FORMATS
+from mxkernels.spec import MXSpec
 from mxkernels.tune import location, table
+from mxkernels.tune.problem import impossibility
 
 OTHER = replace(PROBLEM, shape=(1, 4096))
 FP8 = tune.Problem("multiply", "float8_e5m2 * float8_e5m2", "bfloat16", "straight * straight", (8192, 8192, 8192))
@@ -172,6 +177,13 @@ def change(path: Path, problem: tune.Problem, config: tune.Config, values: dict[
         ({"before_us": "2"}, "before_us is '2'; allowed: microseconds"),
         ({"after_us": -1.0}, "after_us is -1.0"),
         ({"date": None}, "allowed: config, before_us, after_us, date"),
+        ({"date": 5}, "date is 5; allowed: a day as YYYY-MM-DD, such as 2026-11-22"),
+        ({"date": ""}, "date is ''; allowed"),
+        ({"date": "20261122"}, "date is '20261122'; allowed"),
+        ({"date": "2026-W47-7"}, "date is '2026-W47-7'; allowed"),  # a Sunday, to Python 3.11
+        ({"date": "2026-13-01"}, "date is '2026-13-01'; allowed"),
+        ({"date": "2026-11-22T10:00:00"}, "allowed: a day"),
+        ({"date": "\x1b[31m"}, r"date is '\x1b[31m'; allowed"),
         ({"key": "quantize"}, "'quantize' is no key"),
         ({"key": PROBLEM.key.replace("quantize", "eval")}, "is no key"),
         ({"key": PROBLEM.key.replace("4096x4096", "4000x4096")}, "is no key"),
@@ -182,6 +194,29 @@ def change(path: Path, problem: tune.Problem, config: tune.Config, values: dict[
 def test_casts_that_cannot_serve(path: Path, values: dict[str, Any], words: str) -> None:
     (fault,) = change(path, PROBLEM, tune.CastConfig(4, 1024, 4), values)
     assert words in fault
+    assert values.get("key", PROBLEM.key) in fault
+
+
+def test_a_fault_is_one_short_line_that_a_terminal_only_shows() -> None:
+    """Whatever the file has."""
+    good, long = entry(cast(1)).as_json(), "\x1b\n\ud800" * 100_000
+    for key, value in (
+        (PROBLEM.key, {**good, "date": None}),
+        (PROBLEM.key, {**good, "date": long}),
+        (PROBLEM.key, {**good, "before_us": long}),
+        (PROBLEM.key, {**good, long: 1}),
+        (PROBLEM.key, {**good, "config": {"type": long}}),
+        (PROBLEM.key, {**good, "config": {**good["config"], "num_warps": long}}),
+        (PROBLEM.key, {**good, "config": {**good["config"], long: 1}}),
+        (replace(PROBLEM, formats=long).key, good),
+        (replace(PROBLEM, dtype=long).key, good),
+        (replace(PROBLEM, layout=long).key, good),
+        (PROBLEM.key.replace("4096x4096", f"{'9' * 4300}x1"), good),
+    ):
+        with pytest.raises(ValueError, match=r"^'?quantize \| ") as caught:
+            table.Entry.of_json(key, value)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 10_000
 
 
 HOPPER = tune.HopperConfig(128, 2, 4, 2)
@@ -232,6 +267,76 @@ def test_products_that_cannot_serve(
     assert tune.obstacle(problem, config) is None
     (fault,) = change(path, problem, config, values)
     assert words in fault
+
+
+# One of each op that can be met, with a config that serves it.
+CAST = tune.CastConfig(32, 128, 4)
+POSSIBLE: dict[str, tuple[tune.Problem, tune.Config]] = {
+    problem.op: (problem, config)
+    for problem, config in (
+        (PROBLEM, CAST),
+        (replace(PROBLEM, op="quantize_pair", layout="columns"), CAST),
+        (replace(PROBLEM, op="dequantize", dtype="float16"), CAST),
+        (replace(PROBLEM, op="fold", dtype="float8_e4m3fn", layout="turned"), CAST),
+        (replace(PROBLEM, op="quantize_fold", dtype="float32"), CAST),
+        (FP8, PLAIN),
+        (STREAM, SMALL),
+        (WIDE, SCALAR),
+        (NATIVE, TILES),
+    )
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "changed", "words"),
+    [
+        *((op, {"layout": "sideways"}, f"its layout is 'sideways'; allowed for {op}: ") for op in tune.OPS),
+        *((op, {"dtype": "zz"}, f"its dtype is 'zz'; allowed for {op}: ") for op in tune.OPS),
+        *((op, {"dtype": "Tensor"}, f"its dtype is 'Tensor'; allowed for {op}: ") for op in tune.OPS),
+        *((op, {"shape": (4096,)}, f"its shape is 4096; allowed for {op}: ") for op in tune.OPS),
+        *((op, {"shape": (4096, 1, 1, 1)}, f"its shape is 4096x1x1x1; allowed for {op}: ") for op in tune.OPS),
+        *((op, {"formats": "zzz"}, "'zzz'") for op in tune.OPS),
+        ("quantize", {"dtype": "float8_e5m2"}, "allowed for quantize: bfloat16, float16, float32"),
+        ("quantize", {"shape": (64, 64, 64)}, "allowed for quantize: 2 dimensions"),
+        ("quantize", {"formats": SPEC.replace(" ", "  ")}, f"is written otherwise; allowed: {SPEC}"),
+        ("dequantize", {"layout": "columns"}, "its layout is 'columns'; allowed for dequantize: rows"),
+        ("fold", {"dtype": "bfloat16"}, "allowed for fold: float8_e4m3fn, float8_e5m2, uint8"),
+        ("multiply", {"shape": (64, 64)}, "allowed for multiply: 3 dimensions"),
+        ("multiply", {"layout": "straight"}, "its layout is 'straight'; allowed for multiply: straight * straight, "),
+        ("multiply", {"formats": "float8_e5m2 * Tensor"}, "'Tensor' is no dtype of a carrier; allowed: "),
+        ("multiply", {"formats": "bfloat16 * bfloat16 * bfloat16"}, "allowed for multiply: those of two operands"),
+        ("stream", {"formats": "zzz"}, "spec 'zzz': write "),
+        ("decode_multiply", {"formats": f"packed sideways {SPEC} * plain"}, "is no operand; allowed: plain, "),
+        ("decode_multiply", {"formats": "plain * packed"}, "'packed' is no operand"),
+        ("decode_multiply", {"formats": "plain * folded turned zzz"}, "spec 'zzz': write "),
+        ("native", {"formats": "e2m1 * int4"}, "'int4' is no element; allowed: e2m1, e4m3, e5m2"),
+    ],
+)  # fmt: skip
+def test_keys_that_nothing_can_meet(op: str, changed: dict[str, Any], words: str) -> None:
+    problem, config = POSSIBLE[op]
+    assert table.Entry.of_json(problem.key, entry(config).as_json()) == entry(config)
+    key = replace(problem, **changed).key
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        table.Entry.of_json(key, entry(config).as_json())
+    assert str(caught.value).startswith(f"{key}: ")
+
+
+def test_what_is_tuned_can_be_met() -> None:
+    """Whatever formats, blocks and GPUs."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    blocks = ("1x16", "1x32", "4x4", "32x1")
+    specs = [
+        MXSpec(name, block, symmetric=symmetric) for name in FORMATS for block in blocks for symmetric in (True, False)
+    ]
+    found = set()
+    for able in gpu.ARCHITECTURES.values():
+        for spec in specs:
+            for op, dtype in itertools.product(problems.CASTS, dtypes):
+                found |= set(problems.cast_problems(op, spec, 64, 256, dtype, able))
+            for m, a in itertools.product((16, 256), (spec, torch.bfloat16, torch.float16)):
+                found |= set(problems.product_problems(m, 256, 512, a, spec, able))
+    assert {problem.op for problem in found} == set(tune.OPS)
+    assert {problem: reason for problem in found if (reason := impossibility(problem))} == {}
 
 
 def test_tiles_hold_whole_blocks_rows_and_words() -> None:
@@ -377,6 +482,45 @@ def test_what_waits_where_the_temporary_file_goes_is_not_written_through(path: P
     tune.store({PROBLEM.key: entry(cast(1))}, H200, path)
     assert victim.read_text() == "untouched"
     assert PROBLEM.key in stored(path)
+
+
+def test_a_folder_is_not_deleted(path: Path) -> None:
+    """Nor is a lock made beside it."""
+    path.mkdir()
+    with pytest.raises(tune.TableError, match=r"table\.json is a folder; allowed: a file"):
+        tune.remove(path)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_was_set_aside_goes_with_its_table(path: Path) -> None:
+    """The lock stays, since somebody may be about to take it; and so does what has another name."""
+    for _ in range(2):
+        path.write_text("[")
+        with pytest.warns(UserWarning, match="it is set aside"):
+            tune.store({}, H200, path)
+    others = [path.with_name(name) for name in ("table.json.broken-old", "table.json.brokenly", "table2.json.broken")]
+    for other in others:
+        other.write_text("")
+    assert table.set_aside(path) == [path.with_name(f"table.json.broken{number}") for number in ("", "-2")]
+    tune.remove(path)
+    assert sorted(path.parent.iterdir()) == sorted([*others, path.with_name("table.json.lock")])
+
+
+def test_a_table_goes_even_if_what_was_set_aside_cannot(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tune.store({}, H200, path)
+    aside = path.with_name("table.json.broken")
+    aside.write_text("[")
+    unlink = Path.unlink
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        if self == aside:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(tune.TableError, match=r"table\.json\.broken cannot be deleted: Permission denied$"):
+        tune.remove(path)
+    assert not path.exists()
 
 
 # --- places that cannot be written -------------------------------------------------------------------------

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass, field
+from datetime import date as Date
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from .config import CastConfig, Config, HopperConfig, MatmulConfig, SmallMatmulC
 from .constraints import obstacle
 from .events import TABLES_CHANGED
 from .location import VARIABLE, cache_directory, table_name
-from .problem import Problem, op_of
+from .problem import Problem, impossibility, op_of
 from .stamp import Stamp
 
 _CONFIGS: dict[str, type[Config]] = {
@@ -39,6 +41,10 @@ class TableError(Exception):
 
 class BrokenTable(TableError):
     """A file that can be read and is no table."""
+
+
+class NoFile(TableError):
+    """A folder, pipe or device in a table's place."""
 
 
 @dataclass(frozen=True)
@@ -68,23 +74,35 @@ class Entry:
             ValueError: it cannot serve, and why.
         """
         problem = Problem.of_key(key)
+        try:
+            return cls._of_problem(problem, value)
+        except ValueError as error:
+            raise ValueError(printable(f"{key[:200]}: {str(error)[:400]}")) from None
+
+    @classmethod
+    def _of_problem(cls, problem: Problem, value: dict[str, Any]) -> Entry:
+        reason = impossibility(problem)
+        if reason is not None:
+            raise ValueError(reason)
         if set(value) != {"config", "before_us", "after_us", "date"}:
-            raise ValueError(f"{key} has {', '.join(value)}; allowed: config, before_us, after_us, date")
+            raise ValueError(f"it has {', '.join(value)}; allowed: config, before_us, after_us, date")
         values = value["config"]
         kind = values.get("type") if isinstance(values, dict) else None
         if not isinstance(kind, str) or kind not in _CONFIGS:
-            raise ValueError(f"{key} has a config of type {kind!r}; allowed: {', '.join(_CONFIGS)}")
+            raise ValueError(f"its config has type {kind!r}; allowed: {', '.join(_CONFIGS)}")
         try:
             config = _CONFIGS[kind](**{name: each for name, each in values.items() if name != "type"})
         except TypeError as error:
-            raise ValueError(f"{key}: {error}") from None
+            raise ValueError(str(error)) from None
         reason = obstacle(problem, config)
         if reason is not None:
-            raise ValueError(f"{key}: {reason}")
+            raise ValueError(reason)
         for name in ("before_us", "after_us"):
             if type(value[name]) not in (int, float) or not 0 <= value[name] < 1e12:
-                raise ValueError(f"{key}: {name} is {value[name]!r}; allowed: microseconds")
-        return cls(config, value["before_us"], value["after_us"], str(value["date"]))
+                raise ValueError(f"{name} is {value[name]!r:.40}; allowed: microseconds")
+        if not _is_date(value["date"]):
+            raise ValueError(f"date is {value['date']!r:.40}; allowed: a day as YYYY-MM-DD, such as 2026-11-22")
+        return cls(config, value["before_us"], value["after_us"], value["date"])
 
 
 @dataclass(frozen=True)
@@ -199,14 +217,36 @@ def store(entries: dict[str, Entry], stamp: Stamp, path: Path | None = None) -> 
 
 
 def remove(path: Path) -> None:
-    """Delete a table.
+    """Delete a table, and what `store` set aside in its place: all of it that can be.
 
     Raises:
-        TableError: it cannot be deleted.
+        TableError: something cannot be deleted.
     """
+    with suppress(OSError):
+        _file_size(path)  # refuses others before a lock is made beside them
+    failures = []
+    # The lock's file stays. A process that had opened it, and not locked it yet, would then hold a file that is gone,
+    # while the next one made and held another; only late versions of filelock look for that.
     with _locked(path):
-        path.unlink(missing_ok=True)
+        for each in (path, *set_aside(path)):
+            try:
+                each.unlink(missing_ok=True)
+            except OSError as error:
+                failures.append(f"{each} cannot be deleted: {_why(error)}")
     TABLES_CHANGED.happened()
+    if failures:
+        raise TableError("; ".join(failures))
+
+
+def set_aside(path: Path) -> list[Path]:
+    """What `store` found in a table's place, and renamed since it was none."""
+    aside = re.compile(re.escape(path.name) + r"\.broken(-\d+)?")
+    return sorted(each for each in path.parent.glob("*.broken*") if aside.fullmatch(each.name) and each.is_file())
+
+
+def printable(text: str) -> str:
+    """Text of a file or a name, with what a terminal would obey or cannot show as Python escapes it."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def _sections(value: Any) -> dict[Stamp, dict[str, dict[str, Any]]]:
@@ -238,14 +278,21 @@ def _is_flat(value: Any) -> bool:
     return not any(isinstance(each, (dict, list)) for each in within)
 
 
+def _is_date(value: Any) -> bool:
+    try:
+        return Date.fromisoformat(value).isoformat() == value
+    except (TypeError, ValueError):
+        return False
+
+
 def _file_size(path: Path) -> int:
-    """The bytes of a regular file; raises TableError for what is there and is none."""
+    """The bytes of a regular file; raises NoFile for what is there and is none."""
     status = os.stat(path)
     if stat.S_ISREG(status.st_mode):
         return status.st_size
     kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"))
     kind = next((kind for is_one, kind in kinds if is_one(status.st_mode)), "a device or socket")
-    raise TableError(f"{path} is {kind}; allowed: a file")
+    raise NoFile(f"{path} is {kind}; allowed: a file")
 
 
 def _finite(text: str) -> float:
@@ -299,4 +346,4 @@ def _why(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return text.splitlines()[0][:300]
+    return printable(text.splitlines()[0][:300])
