@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ from mxkernels.tune.location import SHIPPED, table_name
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 570
+# Files with so many kernels to compile that pytest runs them in processes side by side, if it has xdist. The casts'
+# has processes of its own.
+COMPILING = {
+    *("test_gpu_matmul", "test_gpu_nn", "test_gpu_ops", "test_gpu_pack", "test_gpu_tune"),
+    *("test_matmul_hopper", "test_primitives"),
+}
+TEST_PROCESSES = 8
 TAIL = 6000  # characters of output that are kept
 NO_TESTS_RAN = 5  # pytest's exit status
 
@@ -64,8 +72,7 @@ TUNED = {
     "turned": "--op fold_transposed --fmt e2m1 --block 1x32,4x4 --shape 8192x8192,4096x14336,14336x4096,4096x4096",
     "folded": "--op matmul --fmt e2m1 --shape 64x8192x8192,256x8192x8192,1024x8192x8192,4096x4096x14336",
     "folded_layers": "--op matmul --fmt e2m1 --shape 64x4096x14336,256x4096x14336,1024x4096x14336,14336x4096x4096",
-    "weights": "--op matmul --fmt e2m1 --activations bfloat16 "
-    "--shape 8192x8192,4096x14336,4x8192x8192,4x4096x14336",
+    "weights": "--op matmul --fmt e2m1 --activations bfloat16 --shape 8192x8192,4096x14336,4x8192x8192,4x4096x14336",
     "in_bf16": "--op matmul --fmt mxfp8_e4m3,mxint8 --shape 8192x8192x8192",
 }
 BUDGET = "4s"  # for each problem; what is left is done by the next run
@@ -83,9 +90,13 @@ def pieces(results: Path) -> list[Piece]:
     """The test files that need a GPU, found by their marker; the shipped table; then the measurements, which use it."""
     tests = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
     pytest = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
+    many = ("-n", str(TEST_PROCESSES), "--dist", "worksteal") if find_spec("xdist") else ()
     tune = ("cli.py", "tune", "--resume", "--budget", BUDGET, "--export", str(shipped_table()))
     return [
-        *(Piece(path.stem, (*pytest, f"tests/{path.name}")) for path in tests),
+        *(
+            Piece(path.stem, (*pytest, *(many if path.stem in COMPILING else ()), f"tests/{path.name}"))
+            for path in tests
+        ),
         *(Piece(f"tune_{name}", (*tune, *arguments.split())) for name, arguments in TUNED.items()),
         *(
             Piece(f"measure_{group}", (script, group, "--results", str(results)))
@@ -103,6 +114,7 @@ def shipped_table() -> Path:
 def run(piece: Piece) -> dict[str, Any]:
     """Run a piece to its end or its limit, and print its lines as they come. Its record."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")  # for each process; it would take one for each core
     start = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, *piece.arguments],

@@ -13,9 +13,12 @@ FP32 = torch.float32
 POISON = 0xFF  # NaN in every floating-point format
 
 
-def operand(rows: int, k: int, kind: str, seed: int = 0, spread: int = 2) -> torch.Tensor | mx.MXTensor:
+def operand(
+    rows: int, k: int, kind: str, seed: int = 0, spread: int = 2, device: str = "cpu"
+) -> torch.Tensor | mx.MXTensor:
     """A matrix `[rows, k]`: "bfloat16", "float16", or quantised to "e2m1 4x4 rtne even symmetric" …, stored
-    `[k, rows]` if that ends in " T". Rows of 32 differ by powers of two up to 2**`spread` either way."""
+    `[k, rows]` if that ends in " T". Rows of 32 differ by powers of two up to 2**`spread` either way. The same on
+    every device, where it is quantised."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, k, generator=generator)
     x *= (
@@ -24,6 +27,7 @@ def operand(rows: int, k: int, kind: str, seed: int = 0, spread: int = 2) -> tor
             :, :k
         ]
     )
+    x = x.to(device)
     if kind in ("bfloat16 T", "float16 T"):
         return x.T.to(getattr(torch, kind[:-2])).contiguous().T
     if kind in ("bfloat16", "float16"):

@@ -385,6 +385,8 @@ def outcome(case: Case) -> Differences:
 def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, list[tuple[Case, Future[Differences]]]]]:
     """What comes of the cases, by group: of all the groups that were chosen, so that no worker waits for a test."""
     chosen = {item.callspec.params["group"] for item in request.session.items if "group" in item.fixturenames}
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.fail("these tests have processes of their own, and each of xdist's would start as many; run without -n")
     workers = min(max((os.cpu_count() or 1) - 2, 1), 14)
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         yield {

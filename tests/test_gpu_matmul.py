@@ -24,7 +24,7 @@ SHAPES = ((3, 5, 7), (200, 328, 1040), (1, 129, 513), (256, 384, 4096), (1000, 2
 
 
 def here(rows: int, k: int, kind: str, seed: int = 0, spread: int = 2) -> torch.Tensor | mx.MXTensor:
-    return operand(rows, k, kind, seed, spread).to(CUDA)
+    return operand(rows, k, kind, seed, spread, "cuda")
 
 
 @pytest.mark.parametrize("turned", ["", " T"])
