@@ -16,6 +16,7 @@ from mxkernels import tune
 from mxkernels.formats import FORMATS
 from mxkernels.spec import MXSpec
 from mxkernels.tune.constraints import stream_bytes
+from mxkernels.tune.limits import Limits
 
 BLOCKS = ("1x2", "2x1", "1x16", "1x32", "1x128", "32x1", "128x1", "4x4", "16x16", "128x128")
 MATRICES = ((1, 1), (3, 5), (100, 7), (7, 4096), (4096, 33), (16384, 16384), (1, 100000))
@@ -54,11 +55,12 @@ PRODUCTS = list(
 def test_products(shape: tuple[int, int, int]) -> None:
     m, n, k = shape
     for out, carrier, processors in itertools.product(
-        (torch.bfloat16, torch.float32), (torch.float8_e5m2, torch.bfloat16, torch.float32), (0, 16, 132)
+        (torch.bfloat16, torch.float32), (torch.float8_e5m2, torch.bfloat16, torch.float32), (None, 16, 132)
     ):
         kinds = f"{tune.dtype_name(carrier)} * {tune.dtype_name(carrier)}"
         problem = tune.Problem.of("multiply", kinds, out, "straight * straight", m, n, k)
-        assert_serves(problem, tune.carrier_config(m, n, k, carrier, out, processors > 0, processors))
+        limits = Limits("sm_90", processors or 132)
+        assert_serves(problem, tune.carrier_config(m, n, k, carrier, out, processors is not None, limits))
     decoding = tune.Problem("decode_multiply", "plain * plain", "bfloat16", "parts", shape)
     for exact in (True, False):
         assert_serves(decoding, tune.wide_matmul_config(m, n, k, exact))

@@ -20,6 +20,7 @@ from ..tune import (
     small_matmul_config,
     wide_matmul_config,
 )
+from ..tune.limits import Limits
 from .correction import correction_columns, group_width
 from .native_operand import native_obstacle, pair_obstacle
 from .operand import FP8_DTYPES, Operand
@@ -144,9 +145,7 @@ def carrier_choice(
         return hopper_serves(m, n, k, out_dtype)
 
     def rule() -> MatmulConfig | HopperConfig:
-        hopper = on_hopper()
-        processors = torch.cuda.get_device_properties(device).multi_processor_count if hopper else 0
-        return carrier_config(m, n, k, a, out_dtype, hopper, processors)
+        return carrier_config(m, n, k, a, out_dtype, on_hopper(), Limits.of(device))
 
     layout = " * ".join("turned" if each else "straight" for each in turned)
     problem = Problem.of("multiply", f"{dtype_name(a)} * {dtype_name(b)}", out_dtype, layout, m, n, k)
@@ -188,9 +187,7 @@ def native_choice(
     formats = " * ".join(element.name for element in elements)
 
     def rule() -> MatmulConfig:
-        # lacking on ROCm, where it is not asked for
-        shared_bytes = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
-        return native_config(elements[0], elements[1], swizzled, shared_bytes)
+        return native_config(elements[0], elements[1], swizzled, Limits.of(device).shared_bytes)
 
     return find_config(Problem.of("native", formats, out_dtype, layout, a.rows, b.rows, k), device, rule)
 

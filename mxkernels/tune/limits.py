@@ -41,16 +41,20 @@ class Limits:
 
     @classmethod
     def of(cls, device: torch.device) -> Limits:
-        """Those of a CUDA or ROCm device; what PyTorch does not tell of it is assumed."""
+        """Those of a CUDA or ROCm device; what PyTorch does not tell of it is assumed. Of the CPU, where kernels run in
+        the interpreter, an H200's."""
+        assumed = cls.assumed(gpu.architecture(device))
+        if device.type != "cuda":
+            return assumed
         properties = torch.cuda.get_device_properties(device)
         told: dict[str, Any] = {
             "processors": properties.multi_processor_count,
             "shared_bytes": getattr(properties, "shared_memory_per_block_optin", 0),
             "processor_shared_bytes": getattr(properties, "shared_memory_per_multiprocessor", 0),
             "registers": getattr(properties, "regs_per_multiprocessor", 0),
-            "warps": properties.max_threads_per_multi_processor // properties.warp_size,
+            "warps": getattr(properties, "max_threads_per_multi_processor", 0) // getattr(properties, "warp_size", 32),
         }
-        return replace(cls.assumed(gpu.architecture(device)), **{name: value for name, value in told.items() if value})
+        return replace(assumed, **{name: value for name, value in told.items() if value})
 
     @property
     def capabilities(self) -> gpu.Capabilities:

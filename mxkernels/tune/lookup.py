@@ -13,8 +13,9 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from .config import Config
-from .constraints import LARGEST_SHARED_BYTES, obstacle
+from .constraints import obstacle
 from .events import CONFIGS_CHANGED, TABLES_CHANGED
+from .limits import Limits
 from .pin import pin_of
 from .problem import Problem
 from .ranks import follow_ranks
@@ -92,9 +93,8 @@ def _candidates(problem: Problem, device: torch.device) -> Iterator[Choice[Any]]
 
 @lru_cache
 def _shared_bytes(device: torch.device) -> int:
-    """Of a program; ROCm does not say."""
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", LARGEST_SHARED_BYTES)
+    """Of a program."""
+    return Limits.of(device).shared_bytes
 
 
 # What serves a problem on a GPU, whatever is pinned; `rule` and `serves` follow from problem and device.

@@ -2,7 +2,8 @@
 
 What it says was found on one GPU, but for reasons that hold on others: a thread that has a whole block spends
 the least on its scale, and writes its codes as they are; a tile's rows should be long where rows are packed, and
-its two sides alike where blocks or memory run down the columns.
+its two sides alike where blocks or memory run down the columns. Where a program has less shared memory, or fewer
+registers to spare, stages are fewer and tiles smaller, so that every GPU can launch what it says.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ import torch
 
 from ..spec import MXSpec
 from .config import CastConfig, HopperConfig, MatmulConfig, SmallMatmulConfig
+from .limits import Limits
 
 FEW_ROWS = 256  # of a product: too few for the tiles that large ones take
+_BARRIER_BYTES = 1024  # of shared memory, at most
+_SHORTEST_BLOCK_K = 32  # of tensor cores' instructions
+_LARGEST_FOLDED_TILE = 32768  # elements that are quantised and folded by one program
 _SMALLEST_SIDE = 16  # whole 32-bit words of packed codes, whole groups of random bits
 _SHORTEST_RUN = 32
 
@@ -86,14 +91,17 @@ def fold_config(spec: MXSpec, rows: int, cols: int, turned: bool) -> CastConfig:
 
 def quantize_fold_config(spec: MXSpec, cols: int) -> CastConfig | None:
     """For contiguous rows of `cols`; None where packing would move elements between threads, as it does of 6 bits.
-    A tile has whole rows, where these fill it; else pieces of them."""
+    A tile has whole rows, where these fill it; else pieces of them, which are short where blocks are so tall that
+    registers, or shared memory, would not hold more."""
     if spec.element.bits != 4:
         return None
     least = max(spec.block.cols, 64)
     tile_cols = max(power_of_two_above(cols), least)
-    if tile_cols > cols * 9 // 8 or tile_cols * spec.block.rows > 32768:
+    if tile_cols > cols * 9 // 8 or tile_cols * spec.block.rows > _LARGEST_FOLDED_TILE:
         tile_cols = max(min(tile_cols, 1024), least)
     tile_rows = max(spec.block.rows, 1024 // tile_cols)
+    if tile_rows * tile_cols > _LARGEST_FOLDED_TILE:
+        return CastConfig(tile_rows, _LARGEST_FOLDED_TILE // 2 // tile_rows, 8, wide=True)
     return CastConfig(tile_rows, tile_cols, min(max(tile_rows * tile_cols // 1024, 1), 16), wide=True)
 
 
@@ -144,18 +152,47 @@ def hopper_tile_config(cols: int, pieces: int, carrier: torch.dtype, out_dtype: 
 
 
 def carrier_config(
-    m: int, n: int, k: int, carrier: torch.dtype, out_dtype: torch.dtype, on_hopper: bool, processors: int
+    m: int, n: int, k: int, carrier: torch.dtype, out_dtype: torch.dtype, on_hopper: bool, limits: Limits
 ) -> MatmulConfig | HopperConfig:
     """For a product of FP8, bf16 or tf32 carriers; `on_hopper`: the kernel for Hopper serves it."""
     if on_hopper:
         # large tiles leave most of a GPU idle, and the kernel for them loads less far ahead with small ones
-        few = m <= 64 or (m <= FEW_ROWS and ceil_div(m, 128) * ceil_div(n, 128) > 3 * processors // 4)
+        few = m <= 64 or (m <= FEW_ROWS and ceil_div(m, 128) * ceil_div(n, 128) > 3 * limits.processors // 4)
         if not (few and carrier.itemsize == 1):
-            return hopper_config(m, n, carrier, out_dtype, processors)
-    if carrier.itemsize == 1:
-        return folded_matmul_config(m, n, k)
-    config = bf16_matmul_config(m, n, k)
-    return config if carrier == torch.bfloat16 else replace(config, block_k=config.block_k // 2)  # as many bytes
+            return hopper_config(m, n, carrier, out_dtype, limits.processors)
+    if _loads_by_registers(limits):
+        config = register_matmul_config(m, carrier)
+    elif carrier.itemsize == 1:
+        config = folded_matmul_config(m, n, k)
+    else:
+        config = bf16_matmul_config(m, n, k)
+        if carrier != torch.bfloat16:
+            config = replace(config, block_k=config.block_k // 2)  # as many bytes
+    return fitting(config, carrier.itemsize, limits.shared_bytes)
+
+
+def _loads_by_registers(limits: Limits) -> bool:
+    """Whether descriptors are pointers, by which Triton loads tiles into registers first."""
+    return limits.capabilities.ptx and not limits.capabilities.dependent_launch  # which came with TMA
+
+
+def register_matmul_config(m: int, carrier: torch.dtype) -> MatmulConfig:
+    """For a product of carriers on GPUs whose registers hold the next tiles, those that are multiplied and the sums:
+    short blocks of K, and half as many columns of FP8, which has its sums twice."""
+    block_k, promote = 64 // carrier.itemsize, 512 if carrier.itemsize == 1 else 0
+    if m <= 64:
+        return MatmulConfig(64, 64, 2 * block_k, 4, 4, promote=promote)
+    return MatmulConfig(128, 64 if promote else 128, block_k, 8, 4, promote=promote)
+
+
+def fitting(config: MatmulConfig, element_bytes: int, shared_bytes: int) -> MatmulConfig:
+    """The config with as many of its stages as a program's shared memory has room for; with shorter ones where that
+    has none for two."""
+    room = shared_bytes - _BARRIER_BYTES
+    stage = (config.block_m + config.block_n) * config.block_k * element_bytes
+    if 2 * stage > room and config.block_k > _SHORTEST_BLOCK_K:
+        return fitting(replace(config, block_k=config.block_k // 2), element_bytes, shared_bytes)
+    return replace(config, num_stages=min(config.num_stages, max(room // stage, 1)))
 
 
 def bf16_matmul_config(m: int, n: int, k: int) -> MatmulConfig:

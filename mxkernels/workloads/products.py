@@ -103,7 +103,7 @@ class Multiply(Product):
     def rule(problem: Problem, limits: Limits) -> Config:
         m, n, k = problem.shape
         carrier, out_dtype = _carriers(problem)[0], getattr(torch, problem.dtype)
-        return carrier_config(m, n, k, carrier, out_dtype, on_hopper(problem, limits), limits.processors)
+        return carrier_config(m, n, k, carrier, out_dtype, on_hopper(problem, limits), limits)
 
     def prepare(self) -> None:
         a, b = self.problem.layout.split(" * ")
