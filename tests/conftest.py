@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,3 +46,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker(ABSENT):
             item.add_marker(pytest.mark.skip(reason=REASON))
+
+
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A machine with a GPU that compiles nothing and runs nothing. Its cache."""
+    import tuning_fakes as fakes
+    from tuned import H200, install
+
+    from mxkernels import tune, tuner
+    from mxkernels.tune.limits import Limits
+
+    install(monkeypatch, tmp_path)
+    monkeypatch.setattr(Limits, "of", classmethod(lambda cls, device: Limits("sm_90")))
+    monkeypatch.setattr(tuner, "make_compiler", fakes.counting_compiler)
+    monkeypatch.setattr(tuner, "make_runner", fakes.instant_runner)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    yield tune.cache_path(H200)
+    monkeypatch.undo()
+    tune.events.TABLES_CHANGED.happened()
