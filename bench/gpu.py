@@ -35,9 +35,9 @@ LIMIT_S = 570
 # Files with so many kernels to compile that pytest runs them in processes side by side, if it has xdist. The casts'
 # has processes of its own.
 COMPILING = {
-    *("test_gpu_matmul", "test_gpu_nn", "test_gpu_ops", "test_gpu_pack", "test_gpu_tune"),
-    *("test_matmul_hopper", "test_primitives"),
-}
+    "test_gpu_matmul", "test_gpu_nn", "test_gpu_ops", "test_gpu_pack", "test_gpu_tune", "test_matmul_hopper",
+    "test_primitives",
+}  # fmt: skip
 TEST_PROCESSES = 8
 TAIL = 6000  # characters of output that are kept
 NO_TESTS_RAN = 5  # pytest's exit status
@@ -75,7 +75,7 @@ TUNED = {
     "weights": "--op matmul --fmt e2m1 --activations bfloat16 --shape 8192x8192,4096x14336,4x8192x8192,4x4096x14336",
     "in_bf16": "--op matmul --fmt mxfp8_e4m3,mxint8 --shape 8192x8192x8192",
 }
-BUDGET = "4s"  # for each problem; what is left is done by the next run
+BUDGET = "4s"  # for each problem; problems that are left are done by the next run
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ from mxkernels.tune.search import (
     COMPILE_S,
     COMPILING,
     Progress,
+    better,
     fastest,
     shortlist,
     survivors,
@@ -199,6 +200,7 @@ def pruned(case: Case, setup: Setup, worker: Worker) -> Pruned:
     """The tuner's search, and its wider one, if it makes that."""
     setup.progress("search", 0, 1, str(case.task.problem))
     left: Task | None = case.task
+    best: Result | None = None
     compiled: dict[Config, None] = {}
     seconds = 0.0
     for breadth in BREADTHS:
@@ -208,8 +210,10 @@ def pruned(case: Case, setup: Setup, worker: Worker) -> Pruned:
         compiled |= dict.fromkeys(chosen)
         found = fastest(left, case.said(chosen), setup.limits, breadth.run, worker, BUDGET_S / 2)
         seconds += found.seconds
-        left = wider(left, found)
-    return Pruned(found, seconds, list(compiled))
+        best = better(best, found)
+        left = wider(left, best)
+    assert best is not None
+    return Pruned(best, seconds, list(compiled))
 
 
 @dataclass(frozen=True)

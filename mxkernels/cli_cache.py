@@ -98,10 +98,12 @@ def verify(files: tuple[Path, ...]) -> None:
 def clear(gpu: str | None, yes: bool) -> None:
     """Delete the user's files, of all GPUs or of one, and what was set aside since it was no table. What is no table
     stays, unless --gpu names it; so do those that are shipped."""
-    files = _tables(_directory())
+    stored = _tables(_directory())
     if gpu is not None:
-        files = _of_gpu(files, gpu)
-    files, failures = _sorted_out(files, named=gpu is not None)
+        stored = _of_gpu(stored, gpu)
+    if not stored:
+        click.echo("Nothing is stored.")
+    files, failures = _sorted_out(stored, named=gpu is not None)
     doomed = [each for file in files for each in (file, *set_aside(file))]
     for each in doomed:
         click.echo(printable(str(each)))
@@ -114,8 +116,6 @@ def clear(gpu: str | None, yes: bool) -> None:
             failures.append(str(error))
     if failures:
         raise Mistake(printable("; ".join(failures)))
-    if not files:
-        click.echo("Nothing is stored.")
 
 
 def _of_gpu(files: list[Path], gpu: str) -> list[Path]:

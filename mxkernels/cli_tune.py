@@ -196,16 +196,16 @@ def tune(
     if dry_run:
         _dry_run(problems, limits, device, budget, jobs, architecture is not None)
         return
-    assert device is not None
-    _tune(problems, device, budget=budget, jobs=jobs, path=path)
-
-
-def _device() -> torch.device:
     if one_of_many():
         raise Mistake(
             "WORLD_SIZE says that this process is one of many, which use no cache; allowed: without it, or "
             "mxkernels.autotune in all of them"
         )
+    assert device is not None
+    _tune(problems, device, budget=budget, jobs=jobs, path=path)
+
+
+def _device() -> torch.device:
     try:
         return tuning_device()
     except ValueError as error:
@@ -300,17 +300,18 @@ class ProgressLine:
     each with the seconds since the start: one as a stage begins, and then at most one every `SECONDS`.
 
     Args:
-        seconds: that all of it may take. Compiling ends after half of what is left, done or not.
+        seconds: that all of it may take, from when processes are there: no more than is left of that is the time left.
     """
 
     SECONDS = 15.0
     BAR = 20  # characters
 
     def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._end: float | None = None  # not known before something is done
         self._stage = ""
         self._begin = time.monotonic()
-        self._end = self._begin + seconds
-        self._start = self._stage_end = self._begin
+        self._start = self._begin  # of the stage
         self._next = self._begin
 
     def __call__(self, stage: str, done: int, total: int, text: str) -> None:
@@ -318,10 +319,10 @@ class ProgressLine:
         begins = stage != self._stage
         if begins:
             self._stage, self._start = stage, now
-            self._stage_end = (now + self._end) / 2 if stage == "compile" else self._end
         left = ""
         if done:
-            left_s = min((now - self._start) / done * (total - done), max(self._stage_end - now, 0.0))
+            self._end = self._end or now + self._seconds
+            left_s = min((now - self._start) / done * (total - done), max(self._end - now, 0.0))
             left = f", {clock(left_s)} left"
         verb = {"compile": "compiling", "measure": "measuring"}[stage]
         line = f"{verb} {done}/{total}{left}  {text}".rstrip()
@@ -395,4 +396,8 @@ def _dry_run(
             err=True,
         )
     problems_s = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    click.echo(f"{problems_s}, up to {clock(budget * len(problems))}, and what setting them up takes.", err=True)
+    click.echo(
+        f"{problems_s}, up to {clock(budget * len(problems))}, and what setting them up takes. A search is wider than "
+        "this where it gains much.",
+        err=True,
+    )

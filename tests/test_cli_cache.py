@@ -250,7 +250,7 @@ def test_clear_leaves_what_is_no_table() -> None:
     ]
     left = [folder, link, path.with_name("nvidia-h200.json.lock"), pipe]
     assert sorted(path.parent.iterdir()) == sorted([package, *left])
-    assert invoke("clear", "--yes").stdout == "Nothing is stored.\n"
+    assert invoke("clear", "--yes").stdout == ""
     result = invoke("clear", "--yes", "--gpu", "folder")
     assert (result.exit_code, result.stderr) == (2, f"mxkernels: {folder} is a folder; allowed: a file\n")
     assert invoke("clear", "--yes", "--gpu", "a-package").exit_code == 0

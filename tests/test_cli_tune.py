@@ -277,7 +277,7 @@ def test_the_table_at_the_end() -> None:
 
 
 def test_the_progress_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """It takes no more columns than there are; and what the budget ends, it knows."""
+    """It takes no more columns than there are; and no more time is left than of the budget."""
     monkeypatch.setenv("COLUMNS", "70")
     clock = iter((0.0, 0.0, 10.0, 20.0, 100.0, 150.0, 155.0))
     monkeypatch.setattr(cli_tune.time, "monotonic", lambda: next(clock))
@@ -296,7 +296,7 @@ def test_the_progress_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         "[#####               ] compiling 10/40, 0:30 left  quantize",
         "[##########          ] compiling 20/40, 0:20 left  quantize e2m1 1x32",
         "[                    ] measuring 0/4  quantize",
-        "[#####               ] measuring 1/4, 0:10 left  quantize",
+        "[#####               ] measuring 1/4, 0:20 left  quantize",
         "[####################] compiling 1/1, 0:00 left  quantize",
         "",
     ]

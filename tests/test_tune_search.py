@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mxkernels.tune import CastConfig, Choice, Config
 from mxkernels.tune.contest import DUEL_ROUNDS, FIRST_SAMPLES, LEAST_GAIN, ROUNDS, measure, noise
 from mxkernels.tune.limits import Footprint, Limits
 from mxkernels.tune.model import Work
-from mxkernels.tune.search import BREADTHS, Breadth, compile_all, search, shortlist, survivors, wider
+from mxkernels.tune.search import BREADTHS, Breadth, better, compile_all, search, shortlist, survivors, wider
 from mxkernels.tune.task import Fault, Result, Task
 from mxkernels.tune.worker import Failure
 
@@ -210,6 +211,20 @@ def test_a_wider_search_is_around_the_fastest_so_far() -> None:
     assert wide.candidates == (third, first, fourth)
     assert (wide.before, [fault.config for fault in wide.faults]) == (searched.before, [second])
     assert wider(searched, outcome(searched, config=third, gain=1.25, run=4)) is None  # there are no others
+
+
+def test_the_better_of_two_searches() -> None:
+    first, second, third = candidates = [config(us) for us in (100, 90, 80)]
+    searched = task(*candidates)
+    earlier = outcome(searched, config=second, gain=1.1)
+    assert better(None, earlier) == earlier
+    more = outcome(searched, config=third, gain=1.2)
+    assert better(earlier, more) == more
+    less = outcome(searched, config=first, failed=[third])
+    assert better(earlier, less) == replace(earlier, faults=less.faults)
+    assert better(earlier, replace(more, after_us=None, faults=less.faults)) == replace(earlier, faults=less.faults)
+    failed_since = outcome(searched, config=first, failed=[second])
+    assert better(earlier, failed_since) == failed_since
 
 
 def test_a_wider_search_where_what_serves_has_failed() -> None:

@@ -54,8 +54,8 @@ def measure(
     counts: tuple[int, int],
     faults: tuple[Fault, ...] = (),
 ) -> Result:
-    """Run `configs`, of which the first is what serves at present, in about so many `seconds` (the first two in any
-    case), and find the fastest."""
+    """Run `configs`, of which the first two are what serves at present and the middle of the search, if these are two
+    and have not failed, in about so many `seconds` (the first two in any case), and find the fastest."""
     start = time.monotonic()
     contest = Contest(task.problem, worker, list(faults))
     before_us = after_us = None

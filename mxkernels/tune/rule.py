@@ -3,7 +3,7 @@
 What it says was found on one GPU, but for reasons that hold on others: a thread that has a whole block spends
 the least on its scale, and writes its codes as they are; a tile's rows should be long where rows are packed, and
 its two sides alike where blocks or memory run down the columns. Where a program has less shared memory, or fewer
-registers to spare, stages are fewer and tiles smaller, so that every GPU can launch what it says.
+registers to spare, products of carriers have fewer stages and smaller tiles: every GPU can launch what it says.
 """
 
 from __future__ import annotations

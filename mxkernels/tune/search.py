@@ -64,8 +64,8 @@ def search(
         runner: makes, in another process, what runs: `("open", problem)` to the limit in microseconds, `("check",
             problem, config)` to what is wrong with what its launches write, or None, and `("time", problem, config,
             samples)` to microseconds, as many.
-        budget_s: for each problem, on average, from when processes are there. Up to half of it all goes to compiling;
-            what is not compiled then is out.
+        budget_s: for each problem, on average, from when processes are there. Of what is left of it all, up to half
+            goes to compiling, and again before the wider searches; what is not compiled then is out.
         jobs: processes that compile.
         breadths: of the search of every problem, and of the wider ones after it, of those that are worth it and for
             which there is time.
@@ -82,17 +82,16 @@ def search(
                 break
             chosen = [shortlist(task, limits, breadth.compiled) for task in tasks]
             requests = [request for request in by_rank(tasks, chosen) if request not in compiled]
-            compiled |= compile_all(requests, compiler, jobs, left_s / 2, progress)
+            if requests:
+                compiled |= compile_all(requests, compiler, jobs, left_s / 2, progress)
             end = max(end, time.monotonic() + left_s / 2)
             for done, (task, configs) in enumerate(zip(tasks, chosen, strict=True)):
                 progress("measure", done, len(tasks), str(task.problem))
                 outcomes = {config: compiled.get((task.problem, config)) for config in configs}
                 seconds = (end - time.monotonic()) / (len(tasks) - done)
                 result = fastest(task, outcomes, limits, breadth.run, worker, seconds)
-                if result.after_us is None and task.problem in results:
-                    result = replace(results[task.problem], faults=result.faults)
-                results[task.problem] = result
-                found(result)
+                results[task.problem] = better(results.get(task.problem), result)
+                found(results[task.problem])
             progress("measure", len(tasks), len(tasks), "")
             tasks = [wide for wide in (wider(task, results[task.problem]) for task in tasks) if wide is not None]
     return list(results.values())
@@ -122,6 +121,16 @@ def wider(task: Task, result: Result) -> Task | None:
     if result.run >= len(left) or (serves and (result.gain is None or result.gain <= _MUCH)):
         return None
     return replace(task, candidates=tuple(left), faults=result.faults)
+
+
+def better(earlier: Result | None, later: Result) -> Result:
+    """What counts of two searches of a problem: the later one, unless it gained less, or could not be run, and what the
+    earlier one found has not failed since. Gains are of one comparison each, so that they can be compared."""
+    if earlier is None or earlier.config in {fault.config for fault in later.faults}:
+        return later
+    if later.after_us is None or (later.gain or 0.0) < (earlier.gain or 0.0):
+        return replace(earlier, faults=later.faults)
+    return later
 
 
 def shortlist(task: Task, limits: Limits, most: int | None) -> list[Config]:

@@ -52,7 +52,8 @@ class Entry:
     """A config, and what it gained.
 
     Attributes:
-        before_us: the time of what served the problem without it; a median, with a cold L2 cache.
+        before_us: the time of what served the problem without it; a median, with a cold L2 cache. Its own, where that
+            failed.
         after_us: its own.
         date: of the measurement, `2026-11-22`.
     """

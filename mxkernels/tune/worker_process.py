@@ -16,7 +16,7 @@ def serve(connection: Connection) -> None:
     while True:
         try:
             request = connection.recv()
-        except (EOFError, OSError):
+        except (EOFError, ConnectionError):
             return
         try:
             if handle is None:
