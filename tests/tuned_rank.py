@@ -42,6 +42,7 @@ def main(rank: int, stamp: tune.Stamp, folder: Path) -> None:
         tune.share()
     except RuntimeError as error:
         print(f"shared: {error}")
+        distributed.destroy_process_group()
         return
     say("shared")
     tune.store({tuned.PROBLEM.key: tuned.entry(tuned.cast(3))}, stamp)
@@ -56,6 +57,7 @@ def main(rank: int, stamp: tune.Stamp, folder: Path) -> None:
     distributed.destroy_process_group()
     meet(folder / "at once", rank)
     say("joined at once")
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
