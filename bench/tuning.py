@@ -3,8 +3,8 @@
     python bench/tuning.py tuning --results DIR      writes DIR/<gpu>-tuning.json, a row as soon as it is known
 
 For each problem the tuner's own search is run, and after it the exhaustive one: every candidate that compiles is
-compared as by the tuner, and timed for `EACH_S`. The fastest few of that,
-the tuner's pick, what the shipped table has and what the rule says are then timed against each other, in rounds.
+compared as by the tuner, and timed for `EACH_S`. The fastest few of that, the tuner's pick, what the shipped table has
+and what the rule says are then timed against each other, in rounds.
 
 All candidates of all problems are compiled once, in processes side by side, while the GPU works on what is compiled
 already. A search's seconds are those of a core that its own candidates took to compile, divided by the processes, and
@@ -188,8 +188,7 @@ def compiling(
 
 @dataclass(frozen=True)
 class Pruned:
-    """What the tuner finds, how many candidates its last search ran, and what it takes: seconds of the GPU, and what
-    is compiled."""
+    """What the tuner finds, and what that takes: seconds of the GPU, and what is compiled."""
 
     result: Result
     seconds: float

@@ -49,8 +49,8 @@ class Result:
         before_us, after_us: medians with a cold L2 cache; None where nothing could be measured, and of what served
             before, where that has failed.
         limit_us: what nothing that does the work can beat; None likewise.
-        candidates, compiled, run: how many there were.
-        seconds: that it took to run them.
+        candidates, compiled, run: how many there were, in the last search.
+        seconds: that it took to run these.
     """
 
     problem: Problem
