@@ -9,7 +9,7 @@ what remains of it without a spec.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -25,6 +25,7 @@ from mxkernels import FORMATS, MXSpec
 from mxkernels.bench import Bench, Case
 from mxkernels.environment import device_name
 from mxkernels.ops import hadamard
+from mxkernels.ops import quantize as quantize_tensor
 from mxkernels.ops.transform import random_signs
 from mxkernels.perf import DEFAULT_SHAPE, Ceilings, time_call, time_host
 from mxkernels.recipes import HADAMARD_SIZES
@@ -124,17 +125,40 @@ def transforms(device: torch.device, shape: tuple[int, ...] = LARGE, seconds: fl
 
 
 def host_parts(device: torch.device) -> list[dict[str, Any]]:
-    """A row for how long the host is busy with looking a config up that is known, which is part of a first call; and
-    one for a call of torch's that does what a cast does: it allocates two tensors and launches a kernel."""
+    """A row for how long the host is busy with looking a config up that is known, which is part of a first call; one
+    for a call of torch's that does what a cast does: it allocates two tensors and launches a kernel; and, on a GPU, one
+    for the launch alone, by the driver and Triton's launcher."""
     x = torch.randn(64, 64, device=device)
     problem = Problem.of("quantize", E2M1, x.dtype, "rows", *x.shape)
     rule = partial(quantize_config, E2M1, *x.shape, x.element_size(), True, False)
-    calls = {"find_config": partial(find_config, problem, device, rule), "torch.frexp": partial(torch.frexp, x)}
+    calls: dict[str, Any] = {
+        "find_config": partial(find_config, problem, device, rule),
+        "torch.frexp": partial(torch.frexp, x),
+    }
+    if device.type == "cuda":
+        calls["launch"] = bare_launch(x)
     rows = []
     for name, call in calls.items():
         rows.append({"op": name, "device": device_name(device), "host_us": time_host(call, device).median_us})
         print(f"{name}: {rows[-1]['host_us']:.2f} us of the host", flush=True)
     return rows
+
+
+def bare_launch(x: torch.Tensor) -> Callable[[], Any]:
+    """The launch of a cast of `x`, on memory that is there."""
+    from mxkernels.ops.quantize_kernel import quantize_launch
+
+    q = quantize_tensor(x, E2M1)
+    launch = quantize_launch(x, E2M1, None, [q.codes, q.scale])
+    addresses = [None if each is None else each.data_ptr() for each in launch.tensors.values()]
+    again = launch.run(x.device).directly()
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+
+    def call() -> Any:  # what holds the memory
+        again(stream, addresses)
+        return q
+
+    return call
 
 
 def rows_of(group: str, device: torch.device) -> list[dict[str, Any]]:

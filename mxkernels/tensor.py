@@ -76,7 +76,9 @@ class MXTensor:
     ) -> MXTensor:
         """The same from parts that are known to fit; `stored_spec` is that of the tensor before any `.T`."""
         tensor = cls.__new__(cls)
-        tensor._hold(codes, scale, offset, stored_spec, torch.Size(shape), transposed)
+        if type(shape) is not torch.Size:
+            shape = torch.Size(shape)
+        tensor._hold(codes, scale, offset, stored_spec, shape, transposed)
         return tensor
 
     @property

@@ -133,7 +133,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Log]:
     monkeypatch.setattr("mxkernels.ops.paths.LEAST_FP8_ROWS", 1)
     monkeypatch.setattr(gpu, "device_capabilities", lambda device: gpu.Capabilities(fp8_mma=True))
     monkeypatch.setattr(plan, "_empty", rubbish)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(plan, "_current_device", lambda: None)
     monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_stream=lambda index: 7))
     plan._plans.clear()
     yield log
@@ -227,7 +227,7 @@ def test_what_is_not_returned_lies_in_one_workspace(log: Log) -> None:
     assert (out[0], out[2]) == ((32, 32), BF16)
     assert (workspace[1:], zeros) == (((1,), torch.uint8), ((256,), (1,), torch.uint8))  # the flag for lost bits
     assert workspace[0] == (2 * 32 * 64 * 2,)  # both sides in bf16
-    assert all(offset % 256 == 0 for _, offset in made._slots)
+    assert all(offset % 256 == 0 for _, offset in made._inside)
 
 
 def test_a_plan_holds_no_tensors(log: Log) -> None:
@@ -290,7 +290,7 @@ def test_on_the_device_of_the_inputs_whichever_is_current(log: Log, monkeypatch:
 
     x = ordinary(8, 64)
     expected = mx.quantize(x, mx.mxfp4)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(plan, "_current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", device)
     assert same(mx.quantize(x, mx.mxfp4), expected)
     assert entered == [x.device]

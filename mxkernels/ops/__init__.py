@@ -73,7 +73,7 @@ def quantize(x: torch.Tensor, spec: MXSpec, seed: int | torch.Tensor | None = No
     """
     _check_input(x, spec)
     op = _quantize_cuda if is_eager(x) else torch.ops.mxkernels.quantize.default
-    parts = op(_plain(x), str(spec), _seed_tensor(seed, spec, x.device))
+    parts = op(_plain(x), str(spec), _seed_tensor(seed, spec, x))
     return _as_tensor(parts, spec, x.shape)
 
 
@@ -85,7 +85,7 @@ def quantize_pair(x: torch.Tensor, spec: MXSpec, seed: int | torch.Tensor | None
     """
     _check_input(x, spec)
     op = _quantize_pair_cuda if is_eager(x) else torch.ops.mxkernels.quantize_pair.default
-    parts = op(_plain(x), str(spec), _seed_tensor(seed, spec, x.device))
+    parts = op(_plain(x), str(spec), _seed_tensor(seed, spec, x))
     rows, cols = _matrix_shape(x.shape)
     half = len(parts) // 2
     return _as_tensor(parts[:half], spec, x.shape), _as_tensor(parts[half:], spec, (cols, rows))
@@ -147,7 +147,7 @@ def fold(
         after = _folded(spec, "spec")
         _check_matrix(x)
         fold_plain = _quantize_fold_cuda if is_eager(x) else torch.ops.mxkernels.quantize_fold.default
-        parts = fold_plain(_plain(x), str(spec), _seed_tensor(seed, spec, x.device))
+        parts = fold_plain(_plain(x), str(spec), _seed_tensor(seed, spec, x))
     codes = parts[0]
     if codes.shape != x.shape:
         codes = codes.view(*x.shape[:-1], codes.shape[-1])[..., : x.shape[-1]]
@@ -253,9 +253,12 @@ def is_eager(*tensors: torch.Tensor | None) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     for x in tensors:
-        if x is not None and not (x.is_cuda and type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_neg()):
+        if x is not None and not (x.is_cuda and type(x) in _PLAIN_TYPES and not x.is_neg()):
             return False
     return True
+
+
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
 def _plain(x: torch.Tensor) -> torch.Tensor:
@@ -269,12 +272,13 @@ def _check_matrix(x: torch.Tensor) -> None:
         raise ValueError("x has no dimensions; allowed: one or more (x.reshape(1) makes a vector of it)")
 
 
-def _seed_tensor(seed: int | torch.Tensor | None, spec: MXSpec, device: torch.device) -> torch.Tensor | None:
-    """The seed on the device, without a synchronisation; None for nearest-even."""
+def _seed_tensor(seed: int | torch.Tensor | None, spec: MXSpec, x: torch.Tensor) -> torch.Tensor | None:
+    """The seed on x's device, without a synchronisation; None for nearest-even."""
     if not spec.stochastic:
         if seed is not None:
             raise ValueError("seed is given, but rounding is rtne, which draws nothing; allowed: None")
         return None
+    device = x.device
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
     if isinstance(seed, torch.Tensor):

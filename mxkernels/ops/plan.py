@@ -107,7 +107,9 @@ class Plan:
         self._made, self._made_of_zeros = made
         self._returned = [None if root is None else starts[root][0] for root in roots]
 
-        slots: dict[tuple[int, int], int] = {}
+        # Of the addresses that launches pick from: those of the inputs and of what is made, then those inside of them.
+        tensors_of_a_replay = self._inputs + len(self._made) + len(self._made_of_zeros)
+        slots = {(root, 0): root for root in range(tensors_of_a_replay)}
         self._relaunches = Relaunches(self.device)
         for relaunch, tensors, places in self._calls:
             moved = [place and (starts[place[0]][0], starts[place[0]][1] + place[1]) for place in places]
@@ -115,7 +117,7 @@ class Plan:
             self._relaunches.add(
                 relaunch, tensors, [slots.setdefault(each, len(slots)) if each else -1 for each in moved]
             )
-        self._slots = list(slots)
+        self._inside = list(slots)[tensors_of_a_replay:]
         self._roots, self._calls = [], []
 
     def _root(self, tensor: torch.Tensor | None) -> int | None:
@@ -134,18 +136,23 @@ class Plan:
 
     def replay(self, inputs: Tensors, addresses: Sequence[int | None]) -> list[Any]:
         """What was returned, made of other inputs, which start at `addresses`."""
-        if self.device.index != torch.cuda.current_device():
+        if self.device.index != _current_device():
             with torch.cuda.device(self.device):
                 return self.replay(inputs, addresses)
-        made = [_empty(*each) for each in self._made]
+        tensors, pointers = [*inputs], [*addresses]
+        for shape, strides, dtype in self._made:
+            made = _empty(shape, strides, dtype)
+            tensors.append(made)
+            pointers.append(made.data_ptr())
         for shape, _, dtype in self._made_of_zeros:
-            made.append(torch.zeros(shape, dtype=dtype, device=self.device))
-        starts: list[Any] = [*addresses, *[each.data_ptr() for each in made]]
-        pointers = [starts[index] + offset for index, offset in self._slots]
+            made = torch.zeros(shape, dtype=dtype, device=self.device)
+            tensors.append(made)
+            pointers.append(made.data_ptr())
+        for index, offset in self._inside:
+            pointers.append(pointers[index] + offset)  # type: ignore[operator]
         pointers.append(None)
         self._relaunches.run(pointers)
-        results = [*inputs, *made]
-        return [None if index is None else results[index] for index in self._returned]
+        return [None if index is None else tensors[index] for index in self._returned]
 
 
 def _like(tensor: torch.Tensor) -> Made:
@@ -156,6 +163,9 @@ def _like(tensor: torch.Tensor) -> Made:
 _empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None) or (
     lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
 )
+
+# torch.cuda.current_device without looking whether CUDA has been initialised, which tensors on a device show.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 def _extent(tensor: Any) -> int:
@@ -244,14 +254,19 @@ def _made(inputs: Tensors, run: Callable[[Plan], Tensors]) -> tuple[Plan, Tensor
 
 def _known_by(key: tuple[Any, ...], given: Tensors) -> tuple[list[int | None], tuple[Any, ...]]:
     """Where tensors start, and `key` with all that a replay takes for granted about them."""
-    addresses = _addresses(given)
-    traits: list[Any] = [
-        None if each is None else (each.dtype, each.shape, each.stride(), address % 16)  # type: ignore[operator]
-        for each, address in zip(given, addresses)  # noqa: B905 (it takes time)
-    ]
+    addresses: list[int | None] = []
+    traits = [*key, given[0].get_device()]
+    for each in given:
+        if each is None:
+            addresses.append(None)
+            traits.append(None)
+        else:
+            address = each.data_ptr()
+            addresses.append(address)
+            traits += each.dtype, each.shape, each.stride(), address % 16
     if len(set(addresses)) < len(addresses):  # some start at one address, or are None
         traits += [addresses.index(each) for each in addresses]
-    return addresses, (*key, given[0].get_device(), *traits)
+    return addresses, tuple(traits)
 
 
 def _addresses(tensors: Tensors) -> list[int | None]:
