@@ -97,6 +97,7 @@ def test_offsets_on_the_fp8_path(shape: tuple[int, int, int], kinds: tuple[str, 
 def test_offsets_beyond_the_window_take_the_wide_path() -> None:
     """A row that is outside alone; all, where a sum is no normal number."""
     a, b = (here(300, 1024, "e2m1 1x32 rtne even asymmetric", seed) for seed in range(2))
+    a.codes[3, 16:32] = torch.tensor([1] + [0] * 15, dtype=torch.uint8)  # a block whose sum is half its scale
     for scale, redone in ((torch.tensor([200, 100], device=CUDA), [3]), (torch.tensor([0, 130], device=CUDA), None)):
         a.scale[3, 1:3] = scale
         found = mx.matmul(a, b.T, out_dtype=torch.float32)
@@ -146,7 +147,7 @@ def test_exponents_beyond_the_window_take_the_wide_path() -> None:
     a, b = (here(300, 1024, "e2m1 1x32 rtne even symmetric", seed) for seed in range(2))
     before = mx.matmul(a, b.T, out_dtype=torch.float32)
     a.scale[3, 1], a.scale[3, 2] = 200, 100
-    b.scale[77, 1], b.scale[77, 2] = 200, 100
+    b.scale[77, 5], b.scale[77, 6] = 200, 100  # elsewhere, or fp32 would not hold the product of both
     redone = torch.zeros(300, 300, dtype=torch.bool, device=CUDA)
     redone[3], redone[:, 77] = True, True
     expected, error = decoded(a) @ decoded(b).T, bound(a, b, "wide")
