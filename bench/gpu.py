@@ -152,9 +152,14 @@ def run(piece: Piece) -> dict[str, Any]:
         "seconds": round(time.monotonic() - start, 1),
         **revision(),
         "sources": sources(),
-        "command": [sys.executable, *piece.arguments],
-        "output_tail": output[-TAIL:],
+        "command": ["python", *map(within, piece.arguments)],
+        "output_tail": within(output[-TAIL:]),
     }
+
+
+def within(text: str) -> str:
+    """Paths in the repository as they are from its root, wherever that is."""
+    return text.replace(f"{ROOT}{os.sep}", "")
 
 
 def sources() -> str:

@@ -703,10 +703,20 @@ def test_pieces_are_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert list(gpu.run_all(tmp_path, [piece, bad], again=False)) == [True, False]
     recorded = json.loads((tmp_path / "three.json").read_text())
     assert (recorded["status"], recorded["output_tail"]) == ("passed", "out\n")
+    assert recorded["command"] == ["python", *piece.arguments]
     assert list(gpu.run_all(tmp_path, [piece, bad], again=False)) == [False]  # what has passed is not run again
     assert list(gpu.run_all(tmp_path, [piece], again=True)) == [True]
     monkeypatch.setattr(gpu, "sources", lambda: "other")
     assert list(gpu.run_all(tmp_path, [piece], again=False)) == [True]  # other sources: run again
+
+
+def test_a_record_names_the_repositorys_files_from_its_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import gpu
+
+    piece = gpu.Piece("names", ("-c", "import sys; print(sys.argv[1])", f"{ROOT}/mxkernels/spec.py"))
+    recorded = gpu.run(piece)
+    assert (recorded["command"][-1], recorded["output_tail"]) == ("mxkernels/spec.py", "mxkernels/spec.py\n")
 
 
 def test_a_pieces_lines_are_printed_as_they_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
