@@ -17,6 +17,7 @@ from .config import CastConfig, HopperConfig, MatmulConfig, SmallMatmulConfig
 from .limits import Limits
 
 FEW_ROWS = 256  # of a product: too few for the tiles that large ones take
+_MANY_COLUMNS = 6144  # of a product of few rows: enough for wider tiles to occupy a large GPU
 _BARRIER_BYTES = 1024  # of shared memory, at most
 _SHORTEST_BLOCK_K = 32  # of tensor cores' instructions
 _LARGEST_FOLDED_TILE = 32768  # elements that are quantised and folded by one program
@@ -91,18 +92,20 @@ def fold_config(spec: MXSpec, rows: int, cols: int, turned: bool) -> CastConfig:
 
 def quantize_fold_config(spec: MXSpec, cols: int) -> CastConfig | None:
     """For contiguous rows of `cols`; None where packing would move elements between threads, as it does of 6 bits.
-    A tile has whole rows, where these fill it; else pieces of them, which are short where blocks are so tall that
-    registers, or shared memory, would not hold more."""
+    A tile has whole rows, where these fill most of it, since pieces are read twice, and one after the other; pieces
+    are short where blocks are so tall that registers, or shared memory, would not hold more."""
     if spec.element.bits != 4:
         return None
     least = max(spec.block.cols, 64)
     tile_cols = max(power_of_two_above(cols), least)
-    if tile_cols > cols * 9 // 8 or tile_cols * spec.block.rows > _LARGEST_FOLDED_TILE:
-        tile_cols = max(min(tile_cols, 1024), least)
+    if tile_cols > cols * 3 // 2 or tile_cols * spec.block.rows > _LARGEST_FOLDED_TILE:
+        tile_cols = max(min(tile_cols, 4096 if spec.block.rows == 1 else 1024), least)
     tile_rows = max(spec.block.rows, 1024 // tile_cols)
-    if tile_rows * tile_cols > _LARGEST_FOLDED_TILE:
+    elements = tile_rows * tile_cols
+    if elements > _LARGEST_FOLDED_TILE:
         return CastConfig(tile_rows, _LARGEST_FOLDED_TILE // 2 // tile_rows, 8, wide=True)
-    return CastConfig(tile_rows, tile_cols, min(max(tile_rows * tile_cols // 1024, 1), 16), wide=True)
+    per_warp = 2048 if tile_rows == 1 and elements > 8192 else 1024
+    return CastConfig(tile_rows, tile_cols, min(max(elements // per_warp, 1), 16), wide=True)
 
 
 def small_matmul_config(m: int, n: int, k: int) -> SmallMatmulConfig:
@@ -116,7 +119,7 @@ def small_matmul_config(m: int, n: int, k: int) -> SmallMatmulConfig:
 def folded_matmul_config(m: int, n: int, k: int) -> MatmulConfig:
     """For a product of FP8 operands, m x k and k x n: of few rows, tiles enough to occupy a large GPU, and a deep
     pipeline."""
-    if m <= 64 and n < 6144:
+    if m <= 64 and n < _MANY_COLUMNS:
         return MatmulConfig(64, 32, 256, 4, 8, promote=512)
     if m <= 64:
         return MatmulConfig(64, 64, 256, 4, 6, promote=512)
@@ -157,8 +160,8 @@ def carrier_config(
     """For a product of FP8, bf16 or tf32 carriers; `on_hopper`: the kernel for Hopper serves it."""
     if on_hopper:
         # large tiles leave most of a GPU idle, and the kernel for them loads less far ahead with small ones
-        few = m <= 64 or (m <= FEW_ROWS and ceil_div(m, 128) * ceil_div(n, 128) > 3 * limits.processors // 4)
-        if not (few and carrier.itemsize == 1):
+        few = m <= FEW_ROWS and ceil_div(m, 128) * ceil_div(n, 128) > 3 * limits.processors // 4
+        if not (m <= 64 and carrier.itemsize <= 2) and not (few and carrier.itemsize == 1):
             return hopper_config(m, n, carrier, out_dtype, limits.processors)
     if _loads_by_registers(limits):
         config = register_matmul_config(m, carrier)
@@ -196,9 +199,9 @@ def fitting(config: MatmulConfig, element_bytes: int, shared_bytes: int) -> Matm
 
 
 def bf16_matmul_config(m: int, n: int, k: int) -> MatmulConfig:
-    """For a product of bf16 operands."""
+    """For a product of bf16 operands: of few rows as of FP8 ones."""
     if m <= 64:
-        return MatmulConfig(64, 64, 128, 4, 4)
+        return MatmulConfig(64, 32, 128, 4, 8) if n < _MANY_COLUMNS else MatmulConfig(64, 64, 128, 4, 6)
     if m <= 512:
         return MatmulConfig(128, 128, 64, 4, 4)
     return MatmulConfig(256, 128, 64, 8, 3)

@@ -85,7 +85,7 @@ class Dequantize(Cast):
 
     def prepare(self) -> None:
         rows, cols = self.problem.shape
-        parts = torch.ops.mxkernels.quantize(self.drawn(rows, cols), str(self.spec), self.seed(self.spec))
+        parts = self.quantized(self.spec, rows, cols)
         codes, scale, offset = with_offset(parts)
         self.expected = self.moved(
             [torch.ops.mxkernels.dequantize(codes, scale, offset, str(self.spec), cols, self.dtype)]
@@ -109,7 +109,7 @@ class Fold(Cast):
         rows, cols = self.problem.shape
         self.turned = self.problem.layout == "turned"
         lines, self.k = (cols, rows) if self.turned else (rows, cols)
-        parts = torch.ops.mxkernels.quantize(self.drawn(rows, cols), str(self.spec), None)
+        parts = self.quantized(self.spec, rows, cols)
         kind = f"packed {self.problem.layout} {self.spec}"
         codes, scale, reference, *flags = self.moved(torch.ops.mxkernels.fold(*parts, kind, lines, self.k))
         self.inputs = [*self.moved(parts), reference]

@@ -175,7 +175,7 @@ class Stream(Product):
     def prepare(self) -> None:
         self.spec = MXSpec.parse(self.problem.formats)
         self.x = self.drawn(self.m, self.k)
-        codes, scale = self.quantized(self.spec, self.n, self.k)
+        codes, scale = self.moved(self.quantized(self.spec, self.n, self.k))
         self.weights = MXTensor(codes, scale, None, self.spec, (self.n, self.k))
         self.codes, self.scale = codes, scale
         self.added: int | None = None
@@ -234,7 +234,7 @@ class DecodeMultiply(Product):
         described = Operand.of_kind([], kind, rows)
         shape = (self.k, rows) if described.turned else (rows, self.k)
         parts = [self.drawn(*shape)] if described.spec is None else self.quantized(described.spec, *shape)
-        return replace(described, parts=parts)
+        return replace(described, parts=self.moved(parts))
 
     def launches(self, config: Any) -> list[Launch]:
         a, b = (
@@ -282,7 +282,7 @@ class Native(Product):
         self.matrices, self.operands = [], []
         for name, rows in zip(self.problem.formats.split(" * "), (self.m, self.n), strict=True):
             spec = MXSpec(name, scale_rounding="rceil")
-            codes, scale = self.quantized(spec, rows, self.k)
+            codes, scale = self.moved(self.quantized(spec, rows, self.k))
             self.matrices.append(MXTensor(codes, scale, None, spec, (rows, self.k)))
             self.operands.append(native_operand(codes, scale, spec, self.k, self.problem.layout == "swizzled"))
         self.work = Work(sum(each.codes.nbytes + each.scale.nbytes for each in self.operands), self.out.nbytes)
