@@ -19,7 +19,8 @@ class Capabilities:
         cvt_e2m1: conversions between fp32 and E2M1.
         mma: matrix products of 16-bit operands.
         fp8_mma: matrix products of FP8 operands.
-        wgmma: asynchronous matrix products of a warp group, and TMA.
+        wgmma: asynchronous matrix products of a warp group.
+        tma: copies of tiles between global and shared memory, past the registers.
         dependent_launch: a kernel may be launched before the one that it waits for ends.
         block_scaled_mma: matrix products of MX operands with their scales.
         mixed_block_scaled_mma: the same of E2M1 by FP8.
@@ -32,6 +33,7 @@ class Capabilities:
     mma: bool = False
     fp8_mma: bool = False
     wgmma: bool = False
+    tma: bool = False
     dependent_launch: bool = False
     block_scaled_mma: bool = False
     mixed_block_scaled_mma: bool = False
@@ -42,8 +44,8 @@ NONE = Capabilities()
 _PTX = Capabilities(ptx=True, mma=True)
 _AMPERE_86 = replace(_PTX, xorsign=True)
 _ADA = replace(_AMPERE_86, cvt_fp8=True, fp8_mma=True)
-_HOPPER = replace(_ADA, wgmma=True, dependent_launch=True)
-_BLACKWELL_120 = replace(_ADA, cvt_e2m1=True, dependent_launch=True, block_scaled_mma=True)
+_HOPPER = replace(_ADA, wgmma=True, tma=True, dependent_launch=True)
+_BLACKWELL_120 = replace(_ADA, cvt_e2m1=True, tma=True, dependent_launch=True, block_scaled_mma=True)
 _BLACKWELL = replace(_BLACKWELL_120, mixed_block_scaled_mma=True)
 
 # A new GPU is a row here (and a run of the tuner).

@@ -383,6 +383,13 @@ def test_a_cache_of_another_stamp_is_left_out_with_one_warning(fake_gpu: Become,
     assert found(replace(PROBLEM, shape=(1, 4096))).origin == "rule"  # a second warning would be an error
 
 
+def test_a_terminal_obeys_no_stamp_of_a_file(fake_gpu: Become) -> None:
+    """Which a warning says, if it is another's: here one that would clear the screen."""
+    tune.store({PROBLEM.key: entry(cast(1))}, replace(H200, triton="\x1b[2J"))
+    with pytest.warns(UserWarning, match=r"triton \\x1b\[2J, not "):
+        assert found().origin == "rule"
+
+
 def test_environments_share_a_file(fake_gpu: Become) -> None:
     """Each has its section, and no warning because of the other's."""
     tune.store({PROBLEM.key: entry(cast(1))}, replace(H200, triton="3.0.0"))

@@ -176,7 +176,7 @@ def carrier_config(
 
 def _loads_by_registers(limits: Limits) -> bool:
     """Whether descriptors are pointers, by which Triton loads tiles into registers first."""
-    return limits.capabilities.ptx and not limits.capabilities.dependent_launch  # which came with TMA
+    return limits.capabilities.ptx and not limits.capabilities.tma
 
 
 def register_matmul_config(m: int, carrier: torch.dtype) -> MatmulConfig:

@@ -13,7 +13,7 @@ from . import location, ranks
 from .events import TABLES_CHANGED
 from .problem import OPS
 from .stamp import Stamp
-from .table import Entry, Table, TableError, cache_path, load
+from .table import Entry, Table, TableError, cache_path, load, printable
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ _warned: set[Path] = set()
 def _warn(path: Path, sentence: str) -> None:
     if path not in _warned:
         _warned.add(path)
-        warnings.warn(sentence, stacklevel=2)
+        warnings.warn(printable(sentence), stacklevel=2)
 
 
 TABLES_CHANGED.call(_sources.cache_clear)
