@@ -154,9 +154,9 @@ def bare_launch(x: torch.Tensor) -> Callable[[], Any]:
     again = launch.run(x.device).directly()
     stream = torch.cuda.current_stream(x.device).cuda_stream
 
-    def call() -> Any:  # what holds the memory
+    def call() -> Any:
         again(stream, addresses)
-        return q
+        return x, q  # whose memory it is on, which so is not freed
 
     return call
 

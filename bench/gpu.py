@@ -91,7 +91,7 @@ def pieces(results: Path) -> list[Piece]:
     tests = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
     pytest = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider")
     many = ("-n", str(TEST_PROCESSES), "--dist", "worksteal") if find_spec("xdist") else ()
-    tune = ("cli.py", "tune", "--resume", "--budget", BUDGET, "--export", str(shipped_table()))
+    tune = ("cli.py", "tune", "--resume", "--budget", BUDGET, "--export", str(shipped_table().resolve()))
     return [
         *(
             Piece(path.stem, (*pytest, *(many if path.stem in COMPILING else ()), f"tests/{path.name}"))
@@ -153,7 +153,7 @@ def run(piece: Piece) -> dict[str, Any]:
         **revision(),
         "sources": sources(),
         "command": ["python", *map(within, piece.arguments)],
-        "output_tail": within(output[-TAIL:]),
+        "output_tail": within(output)[-TAIL:],
     }
 
 

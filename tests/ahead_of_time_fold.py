@@ -87,6 +87,7 @@ def launches(capabilities: gpu.Capabilities) -> Iterator[tuple[str, Launch]]:
     yield from fold("e2m3 4x4 rtne even symmetric", True, capabilities)
     yield quantize_fold("e2m1 1x32 rtne even symmetric", 2048, torch.float32, capabilities)
     yield quantize_fold("e2m1 1x32 stochastic even symmetric", 6144, torch.bfloat16, capabilities)
+    yield quantize_fold("e2m1 1x32 stochastic even symmetric", 14336, torch.float32, capabilities)
     yield quantize_fold("int4 4x4 rtne ceil symmetric", 14336, torch.bfloat16, capabilities)
     if capabilities.fp8_mma:
         yield redo(False, capabilities)

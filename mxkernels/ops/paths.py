@@ -138,7 +138,8 @@ def carrier_choice(
     a, b = carriers
 
     def on_hopper() -> bool:
-        if any(turned) or not gpu.device_capabilities(device).wgmma:
+        found = gpu.device_capabilities(device)
+        if any(turned) or not (found.wgmma and found.tma):
             return False
         from .matmul_hopper_kernel import hopper_serves
 

@@ -107,9 +107,9 @@ class Plan:
         self._made, self._made_of_zeros = made
         self._returned = [None if root is None else starts[root][0] for root in roots]
 
-        # Of the addresses that launches pick from: those of the inputs and of what is made, then those inside of them.
-        tensors_of_a_replay = self._inputs + len(self._made) + len(self._made_of_zeros)
-        slots = {(root, 0): root for root in range(tensors_of_a_replay)}
+        # Places in the list of addresses that launches pick from: of inputs and what is made, then inside of these.
+        whole = self._inputs + len(self._made) + len(self._made_of_zeros)
+        slots = {(root, 0): root for root in range(whole)}
         self._relaunches = Relaunches(self.device)
         for relaunch, tensors, places in self._calls:
             moved = [place and (starts[place[0]][0], starts[place[0]][1] + place[1]) for place in places]
@@ -117,7 +117,7 @@ class Plan:
             self._relaunches.add(
                 relaunch, tensors, [slots.setdefault(each, len(slots)) if each else -1 for each in moved]
             )
-        self._inside = list(slots)[tensors_of_a_replay:]
+        self._inside = list(slots)[whole:]
         self._roots, self._calls = [], []
 
     def _root(self, tensor: torch.Tensor | None) -> int | None:

@@ -92,14 +92,16 @@ def fold_config(spec: MXSpec, rows: int, cols: int, turned: bool) -> CastConfig:
 
 def quantize_fold_config(spec: MXSpec, cols: int) -> CastConfig | None:
     """For contiguous rows of `cols`; None where packing would move elements between threads, as it does of 6 bits.
-    A tile has whole rows, where these fill most of it, since pieces are read twice, and one after the other; pieces
-    are short where blocks are so tall that registers, or shared memory, would not hold more."""
+    A tile has whole rows, where these fill enough of it; else pieces of them, which are read twice, one after the
+    other. Pieces are short where blocks are tall, since registers, or shared memory, would not hold more."""
     if spec.element.bits != 4:
         return None
     least = max(spec.block.cols, 64)
     tile_cols = max(power_of_two_above(cols), least)
-    if tile_cols > cols * 3 // 2 or tile_cols * spec.block.rows > _LARGEST_FOLDED_TILE:
-        tile_cols = max(min(tile_cols, 4096 if spec.block.rows == 1 else 1024), least)
+    one_row = spec.block.rows == 1
+    most = cols * 3 // 2 if one_row and tile_cols <= 16384 else cols * 9 // 8
+    if tile_cols > most or tile_cols * spec.block.rows > _LARGEST_FOLDED_TILE:
+        tile_cols = max(min(tile_cols, 4096 if one_row else 1024), least)
     tile_rows = max(spec.block.rows, 1024 // tile_cols)
     elements = tile_rows * tile_cols
     if elements > _LARGEST_FOLDED_TILE:
@@ -161,7 +163,8 @@ def carrier_config(
     if on_hopper:
         # large tiles leave most of a GPU idle, and the kernel for them loads less far ahead with small ones
         few = m <= FEW_ROWS and ceil_div(m, 128) * ceil_div(n, 128) > 3 * limits.processors // 4
-        if not (m <= 64 and carrier.itemsize <= 2) and not (few and carrier.itemsize == 1):
+        plain = (m <= 64 and carrier.itemsize <= 2) or (few and carrier.itemsize == 1)
+        if not plain:
             return hopper_config(m, n, carrier, out_dtype, limits.processors)
     if _loads_by_registers(limits):
         config = register_matmul_config(m, carrier)

@@ -160,8 +160,10 @@ def _carriers(problem: Problem) -> tuple[torch.dtype, torch.dtype]:
 
 def on_hopper(problem: Problem, limits: Limits) -> bool:
     m, n, k = problem.shape
-    straight = problem.layout == "straight * straight"
-    return limits.capabilities.wgmma and straight and hopper_serves(m, n, k, getattr(torch, problem.dtype))
+    found = limits.capabilities
+    if problem.layout != "straight * straight" or not (found.wgmma and found.tma):
+        return False
+    return hopper_serves(m, n, k, getattr(torch, problem.dtype))
 
 
 class Stream(Product):

@@ -86,8 +86,7 @@ class Workload:
         return self.draw(shape, self.problem.shape[-1], generator).to(dtype)
 
     def quantized(self, spec: MXSpec, rows: int, cols: int) -> list[torch.Tensor]:
-        """Codes, scale and, if asymmetric, offset, on `source`. By the reference, which takes less time, on a GPU too,
-        than to compile a kernel that is not the problem's own."""
+        """Codes, scale and, if asymmetric, offset, on `source`; by the reference, for which nothing is compiled."""
         x = self.drawn(rows, cols)
         if self.source == META:
             return list(torch.ops.mxkernels.quantize(x, str(spec), self.seed(spec)))
