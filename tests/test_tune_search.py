@@ -64,7 +64,7 @@ def measured(candidates: list[Config], handler: Callable[..., Any], seconds: flo
     ("does", "says"),
     [
         (fakes.CRASHES, "it crashed: its process ended with exit status 139"),
-        (fakes.HANGS, "it hung: there was no answer in 2 s"),
+        (fakes.HANGS, "it hung: there was no answer in 8 s"),
         (fakes.RAISES, "it raised RuntimeError: CUDA error: an illegal memory access was encountered"),
         (fakes.WRONG, "12 bytes differ"),
         (fakes.FAILS_LATER, "it crashed: its process ended with exit status 139"),
@@ -73,7 +73,7 @@ def measured(candidates: list[Config], handler: Callable[..., Any], seconds: flo
 )
 def test_a_bad_candidate_costs_itself(does: int, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be the fastest. The others compete as if it were not there, and it is reported."""
-    monkeypatch.setattr("mxkernels.tune.contest.RUN_S", 2.0)
+    monkeypatch.setattr("mxkernels.tune.contest.RUN_S", 8.0)
     bad = config(10, does)
     (result,) = run(task(config(100), bad, config(90), config(80), config(95)))
     assert result.config == config(80)
@@ -85,7 +85,7 @@ def test_a_bad_candidate_costs_itself(does: int, says: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("does", [fakes.CRASHES, fakes.HANGS, fakes.RAISES])
 def test_a_candidate_that_does_not_compile(does: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mxkernels.tune.search.COMPILE_S", 4.0)
+    monkeypatch.setattr("mxkernels.tune.search.COMPILE_S", 8.0)
     bad = config(10, does)
     compiler = partial(fakes.compiler, (does,))
     (result,) = run(task(config(100), bad, config(80)), compiler=compiler, jobs=2)
@@ -176,9 +176,12 @@ def test_a_large_gain_is_followed_by_a_wider_search(tmp_path: Path) -> None:
 
 
 def test_no_wider_search_without_time() -> None:
+    """The last comparison alone takes longer than there is, whichever two are left for it."""
     found: list[Result] = []
-    tasks = [task(*(config(us) for us in range(600, 100, -10)))]
-    (result,) = run(*tasks, runner=partial(fakes.runner, seconds=0.1), budget_s=2.0, found=found.append)
+    tasks = [task(config(600), *(config(us) for us in range(500, 100, -10)))]
+    sample_s, budget_s = 0.25, 3.0
+    assert 2 * DUEL_ROUNDS * sample_s > budget_s
+    (result,) = run(*tasks, runner=partial(fakes.runner, seconds=sample_s), budget_s=budget_s, found=found.append)
     assert found == [result]
     assert result.gain > 1.03  # type: ignore[operator]
 
