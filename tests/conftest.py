@@ -28,7 +28,8 @@ os.environ["MXKERNELS_CACHE"] = f"{tempfile.gettempdir()}/mxkernels-tests-{os.ge
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism
 
-# A first example may import or compile for seconds, so no deadline; the same examples on every run.
+# A first example may import or compile for seconds, so no deadline; the same examples on every run, as far as the same
+# modules are imported by then, whose constants are among them.
 if hypothesis:
     hypothesis.settings.register_profile("mxkernels", deadline=None, derandomize=True)
     hypothesis.settings.load_profile("mxkernels")

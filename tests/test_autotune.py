@@ -263,13 +263,13 @@ def test_problems_of_products(m: int, a: Any, b: Any, architecture: str, ops: li
 
 
 def test_what_is_found_serves_from_then_on(h200: Path) -> None:
-    (result,) = autotune(QUANTIZE, jobs=1)
+    (result,) = autotune(QUANTIZE, jobs=1, budget=3600)
     assert (result.before.origin, result.before_us, result.config.tile_rows) == ("rule", 100, 2)
     choice = tune.find_config(QUANTIZE, DEVICE, lambda: result.before.config)
     assert choice == Choice(result.config, "cache")
     entry = tune.load(h200).entries(H200, "quantize")[0][QUANTIZE.key]
     assert (entry.before_us, entry.after_us) == (result.before_us, result.after_us) == (100, 80)
-    (again,) = autotune(QUANTIZE, jobs=1)
+    (again,) = autotune(QUANTIZE, jobs=1, budget=3600)
     assert (again.before.origin, again.config, again.gain) == ("cache", result.config, 1)
 
 
@@ -305,7 +305,7 @@ def test_what_meets_no_problem(h200: Path) -> None:
 def test_one_of_many_has_to_join_them_first(h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(RuntimeError, match=r"WORLD_SIZE says .* allowed: after torch\.distributed\.init_process_group"):
-        autotune(QUANTIZE)
+        autotune(QUANTIZE, budget=3600)
 
 
 def test_a_table_that_cannot_be_written_is_refused_before_the_measuring(
@@ -321,7 +321,7 @@ def test_without_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(ValueError, match="torch sees no GPU"):
-        autotune(QUANTIZE)
+        autotune(QUANTIZE, budget=3600)
 
 
 @pytest.mark.interpreter
@@ -344,7 +344,7 @@ def test_from_the_first_candidate_to_the_stored_config(h200: Path, monkeypatch: 
 def test_a_config_that_fails_has_no_time(h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is stored of the one that takes its place is its own time alone."""
     monkeypatch.setattr(tuner, "make_runner", fakes.runner_of_tall_tiles)
-    (result,) = autotune(QUANTIZE, jobs=1)
+    (result,) = autotune(QUANTIZE, jobs=1, budget=3600)
     assert (result.before_us, result.after_us) == (None, 80.0)
     entry = tune.load(h200).entries(H200, "quantize")[0][QUANTIZE.key]
     assert (entry.before_us, entry.after_us) == (80.0, 80.0)
@@ -424,7 +424,11 @@ def test_the_first_rank_tunes_for_all(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    first, second = (rank.communicate(timeout=120)[0].splitlines() for rank in ranks)
+    try:
+        first, second = (rank.communicate(timeout=600)[0].splitlines() for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert first[0] == second[0] == "[(64, 64), (64, 128), (64, 256)] True"
     assert second[1] == "Unsendable: 1 is out of memory"
     assert first[1] == "RuntimeError: rank 1 raised Unsendable: 1 is out of memory"

@@ -81,7 +81,8 @@ def test_the_measurements_of_the_tuner(measurements: Any) -> None:
 
 def test_bad_candidates_cost_the_measurements_nothing_else(measurements: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even what is shipped."""
-    monkeypatch.setattr(contest, "RUN_S", 2.0)
+    monkeypatch.setattr(contest, "RUN_S", 8.0)
+    monkeypatch.setattr(measurements, "BUDGET_S", 600.0)
     bad = [fakes.config(10 + does, does) for does in (fakes.CRASHES, fakes.HANGS, fakes.WRONG, fakes.FAILS_LATER)]
     uncompiled = fakes.config(5, fakes.RAISES)
     task = searched(measurements, 0, fakes.config(100), *bad, uncompiled, fakes.config(80))

@@ -725,7 +725,7 @@ def test_a_pieces_lines_are_printed_as_they_come(monkeypatch: pytest.MonkeyPatch
     import gpu
 
     seen: list[str] = []
-    monkeypatch.setattr(gpu, "LIMIT_S", 20)
+    monkeypatch.setattr(gpu, "LIMIT_S", 120)
     sign = tmp_path / "seen"
     waits = "import sys, time, pathlib; print('first', flush=True)\n"
     waits += f"while not pathlib.Path({str(sign)!r}).exists(): time.sleep(0.01)\nprint('second')"

@@ -35,7 +35,7 @@ def task(*candidates: Config, before: Config | None = None, number: int = 0) -> 
 
 
 def run(*tasks: Task, runner: Callable[[], Any] = fakes.runner, **options: Any) -> list[Result]:
-    options = {"compiler": fakes.compiler, "budget_s": 60.0, "jobs": 1, **options}
+    options = {"compiler": fakes.compiler, "budget_s": 3600.0, "jobs": 1, **options}
     compiler = options.pop("compiler")
     return search(list(tasks), LIMITS, compiler, runner, **options)
 
@@ -279,9 +279,10 @@ def test_time_for_compiling_is_shared_by_all(tmp_path: Path) -> None:
     """When it runs out, every problem has had its best candidates compiled."""
     log = tmp_path / "log"
     tasks = [task(*map(config, range(100, 1000)), number=number) for number in range(3)]
-    results = run(*tasks, compiler=partial(fakes.compiler, log=str(log)), budget_s=4.0, breadths=[Breadth(None, None)])
+    compiler = partial(fakes.compiler, log=str(log), seconds=0.02)
+    results = run(*tasks, compiler=compiler, budget_s=4.0, breadths=[Breadth(None, None)])
     compiled = [result.compiled for result in results]
-    assert 0 < max(compiled) < 900 or compiled == [900] * 3
+    assert 0 < max(compiled) < 900
     assert max(compiled) - min(compiled) <= 1
     assert all(result.after_us is not None for result in results)
 

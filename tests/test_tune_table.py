@@ -590,6 +590,7 @@ PROCESSES.set_forkserver_preload(["pytest", "mxkernels"])  # so that a process s
 
 def write(path: Path, writer: int, count: int, told: Connection) -> None:
     """Store `count` entries, one after the other, and tell the key of each when it is stored."""
+    table._LOCK_SECONDS = 600  # disks may be slow, and whoever waits has no turn of its own
     for number in range(count):
         problem = replace(PROBLEM, shape=(1 << writer, 32 * (number + 1)))
         tune.store({problem.key: entry(cast(number))}, H200, path)

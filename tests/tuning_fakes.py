@@ -27,12 +27,18 @@ def problem(number: int = 0) -> Problem:
     return Problem("quantize", "e2m1 1x32 rtne even symmetric", "bfloat16", "rows", (4096, 4096 + 32 * number))
 
 
-def compiler(misbehaves: tuple[int, ...] = (), log: str | None = None) -> Callable[..., Footprint]:
-    """Compiles; of what `misbehaves`, only with trouble. Each call is a line in the file `log`."""
-    return partial(_compile, misbehaves, log)
+def compiler(
+    misbehaves: tuple[int, ...] = (), log: str | None = None, seconds: float = 0.0
+) -> Callable[..., Footprint]:
+    """Compiles; of what `misbehaves`, only with trouble. Each call is a line in the file `log`, and takes so many
+    `seconds`."""
+    return partial(_compile, misbehaves, log, seconds)
 
 
-def _compile(misbehaves: tuple[int, ...], log: str | None, problem: Problem, config: CastConfig) -> Footprint:
+def _compile(
+    misbehaves: tuple[int, ...], log: str | None, seconds: float, problem: Problem, config: CastConfig
+) -> Footprint:
+    time.sleep(seconds)
     if log is not None:
         with open(log, "a") as file:
             file.write(f"{os.getpid()} {config.tile_cols}\n")

@@ -15,7 +15,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-# What the process runs. An interrupt is its parent's affair, which then ends it: before anything else is imported.
+# What the process runs. An interrupt is its parent's affair, which then ends it; until it ignores them, they are blocked.
 _CODE = """import signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 from mxkernels.tune.worker_process import main
@@ -95,9 +95,13 @@ class Worker:
         with far_end:
             descriptor = far_end.fileno()
             command = [sys.executable, "-c", _CODE, str(descriptor)]
-            self._process = subprocess.Popen(
-                command, pass_fds=[descriptor], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-            )
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                self._process = subprocess.Popen(
+                    command, pass_fds=[descriptor], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._connection.send(self._make)
 
     def wait(self) -> None:
