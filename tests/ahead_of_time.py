@@ -26,7 +26,9 @@ from mxkernels import gpu
 from mxkernels.ops.dequantize_kernel import dequantize_launch
 from mxkernels.ops.launch import Launch
 from mxkernels.ops.quantize_kernel import quantize_launch
+from mxkernels.ops.quantize_pair_kernel import quantize_pair_launch
 from mxkernels.spec import MXSpec
+from mxkernels.tune import PairConfig
 from mxkernels.tune.aot import Compiled, compile_launch
 
 RECORD = Path(__file__).with_name("instructions.json")
@@ -46,24 +48,29 @@ INSTRUCTIONS = (
     "mul.rz.f32",
     "fma.rn.bf16x2",
     "max.NaN.xorsign.abs.bf16x2",
+    "cp.async.cg.shared.global",
+    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """A launch in the library's own config, on a large matrix: its columns fill tiles (16384), cut them (16416),
-    or give packed rows that are not whole words (16381)."""
+    """A launch on a large matrix: its columns fill tiles (16384), cut them (16416), or give packed rows that are not
+    whole words (16381). The config is the library's own; or that of a pair by way of shared memory, where there is PTX.
+    """
 
     op: str
     spec: str
     dtype: torch.dtype = BF16
     cols: int = 16384
     transposed: bool = False
+    config: PairConfig | None = None
 
     @property
     def name(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.op} {self.spec} {dtype} {self.cols}{' transposed' if self.transposed else ''}"
+        config = "" if self.config is None else f" {self.config}"
+        return f"{self.op} {self.spec} {dtype} {self.cols}{' transposed' if self.transposed else ''}{config}"
 
     def launch(self, architecture: str) -> Launch:
         spec = MXSpec.parse(self.spec)
@@ -73,11 +80,13 @@ class Case:
         if self.op == "dequantize":
             offset = None if spec.symmetric else parts[2]
             return dequantize_launch(parts[0], parts[1], offset, spec, matrix, capabilities=capabilities)
-        if self.op == "quantize_pair":
-            parts += empty_parts(*matrix.T.shape, spec)
         if self.transposed:
             matrix = torch.empty((self.cols, 16384), dtype=self.dtype, device=META).T
         seed = torch.empty(1, dtype=torch.int64, device=META) if spec.stochastic else None
+        if self.op == "quantize_pair":
+            parts += empty_parts(*matrix.T.shape, spec)
+            config = self.config if capabilities.ptx else None
+            return quantize_pair_launch(matrix, spec, seed, parts, config, capabilities)
         return quantize_launch(matrix, spec, seed, parts, capabilities=capabilities)
 
 
@@ -114,6 +123,9 @@ CASES = (
     Case("quantize", "e2m1 1x32 rtne even symmetric", transposed=True),
     Case("quantize_pair", "e2m1 1x32 rtne even symmetric"),
     Case("quantize_pair", "int8 4x4 rtne even asymmetric", cols=16381),
+    Case("quantize_pair", "e2m1 1x32 rtne even symmetric", config=PairConfig(128, 128, 4, 1)),
+    Case("quantize_pair", "e4m3 1x32 rtne even symmetric", transposed=True, config=PairConfig(128, 128, 8, 1)),
+    Case("quantize_pair", "int4 1x16 rtne ceil asymmetric", FP16, config=PairConfig(128, 256, 8, 2)),
     Case("quantize", "e2m1 1x32 rtne even asymmetric", cols=16416),
     Case("quantize", "e2m3 4x4 rtne even symmetric", cols=16381),
     # decoding: every width, offsets, every output
@@ -158,9 +170,10 @@ def outcome(case: Case, architecture: str, count: bool) -> Outcome:
 
 
 def per_element(launch: Launch, compiled: Compiled) -> float:
-    """Machine instructions of a thread over its elements; kernels have no loops."""
+    """Machine instructions of a thread over its elements; kernels have no loops, but that over the tiles of pairs."""
     config = launch.arguments["CONFIG"]
-    elements = config.tile_rows * config.tile_cols / (32 * launch.options["num_warps"])
+    tile = config.SIDE**2 if isinstance(config, PairConfig) else config.tile_rows * config.tile_cols
+    elements = tile / (32 * launch.options["num_warps"])
     return round(len(compiled.sass) / elements, 2)
 
 

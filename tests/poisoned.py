@@ -13,6 +13,7 @@ import torch
 from mxkernels import reference
 from mxkernels.ops.dequantize_kernel import dequantize_launch
 from mxkernels.ops.quantize_kernel import quantize_launch
+from mxkernels.ops.quantize_pair_kernel import quantize_pair_launch
 from mxkernels.spec import MXSpec
 from mxkernels.tune import CastConfig
 
@@ -57,7 +58,8 @@ def quantize(
     seed_tensor = None
     if seed is not None:
         seed_tensor = torch.tensor([seed - 2**64 if seed >= 2**63 else seed], device=matrix.device)
-    quantize_launch(matrix, spec, seed_tensor, parts, config).run(matrix.device)
+    launch = quantize_pair_launch if pair else quantize_launch
+    launch(matrix, spec, seed_tensor, parts, config).run(matrix.device)
     for part in parts:
         assert_guards_hold(part)
     return parts

@@ -41,6 +41,8 @@ def expected_instructions(case: Case, architecture: str) -> set[str]:
     spec = MXSpec.parse(case.spec)
     element = spec.element
     expected = set()
+    if case.config is not None:
+        expected |= {"cp.async.cg.shared.global", "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"}
     if case.op == "dequantize":
         if able.cvt_fp8 and element.special != "none":
             expected.add(f"cvt.rn.f16x2.{element.name}x2")

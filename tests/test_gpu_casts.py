@@ -28,8 +28,9 @@ from mxkernels import gpu, reference
 from mxkernels.formats import FORMATS, ElementFormat
 from mxkernels.ops.dequantize_kernel import dequantize_launch
 from mxkernels.ops.quantize_kernel import quantize_launch
+from mxkernels.ops.quantize_pair_kernel import quantize_pair_launch
 from mxkernels.spec import MXSpec, Rounding, ScaleRounding
-from mxkernels.tune import CastConfig
+from mxkernels.tune import CastConfig, PairConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -141,14 +142,15 @@ def check_quantize(
     x: torch.Tensor,
     spec: MXSpec,
     pair: bool = False,
-    config: CastConfig | None = None,
+    config: CastConfig | PairConfig | None = None,
     capabilities: gpu.Capabilities | None = None,
 ) -> tuple[Differences, list[torch.Tensor]]:
     """What differs, and what is right."""
     expected = expected_parts(x, spec) + (expected_parts(x.T, spec) if pair else [])
     outputs = [poisoned_like(part) for part in expected]
     seed = torch.tensor([SEED], device=DEVICE) if spec.stochastic else None
-    quantize_launch(x, spec, seed, outputs, config, capabilities).run(DEVICE)
+    launch = quantize_pair_launch if pair else quantize_launch
+    launch(x, spec, seed, outputs, config, capabilities).run(DEVICE)
     names = ("codes", "scale", "offset")[: 2 if spec.symmetric else 3]
     names += tuple(f"turned {name}" for name in names) if pair else ()
     parts = zip(names, outputs, expected, strict=True)
@@ -160,7 +162,7 @@ def check_dequantize(
     spec: MXSpec,
     cols: int,
     dtype: torch.dtype,
-    config: CastConfig | None = None,
+    config: CastConfig | PairConfig | None = None,
     capabilities: gpu.Capabilities | None = None,
 ) -> Differences:
     codes, scale, offset = [*parts, None][:3]
@@ -182,7 +184,7 @@ class Quantize:
     shape: Shape
     layout: str = "contiguous"
     pair: bool = False
-    config: CastConfig | None = None
+    config: CastConfig | PairConfig | None = None
     capabilities: gpu.Capabilities | None = None
 
     def differences(self) -> Differences:
@@ -198,7 +200,7 @@ class Dequantize:
     dtype: torch.dtype
     shape: Shape
     start: int = 0  # bytes by which the codes are out of alignment
-    config: CastConfig | None = None
+    config: CastConfig | PairConfig | None = None
 
     def differences(self) -> Differences:
         spec, (rows, cols) = MXSpec.parse(self.spec), self.shape
@@ -287,6 +289,8 @@ VARIED_SPECS = (
 ROW_SPECS = ("e2m1 1x16 stochastic even symmetric", "e2m3 1x8 rtne ceil asymmetric")  # that fill any tile
 CONFIGS = [CastConfig(*sizes) for sizes in ((4, 1024, 8), (1, 4096, 4), (16, 16, 1), (64, 64, 2), (128, 32, 4))]
 CONFIGS += [CastConfig(*sizes, wide=True, run=4) for sizes in ((2, 1024, 1), (64, 64, 2), (128, 128, 4))]
+PAIR_CONFIGS = [PairConfig(*sizes) for sizes in ((128, 128, 4, 1), (256, 256, 8, 2), (128, 512, 4, 3))]
+PAIR_BLOCKS = ("1x2", "1x16", "1x32", "1x128", "4x4", "8x64", "16x16", "32x32", "128x2")
 EDGES = ((1, 1), (1, 4097), (4097, 1), (3, 7), (129, 31))
 
 
@@ -350,6 +354,14 @@ GROUPS: dict[str, list[Case]] = {
             Dequantize(spec, torch.bfloat16, shape, config=config)
             for spec, shape, config in itertools.product(ROW_SPECS, SHAPES, CONFIGS)
         ),
+    ],
+    "pairs by shared memory": [
+        Quantize(spec, dtype, (512, 1024), layout, pair=True, config=config)
+        for spec, (dtype, layout, config) in zip(
+            specs([name for name in FORMATS if FORMATS[name].bits != 6], PAIR_BLOCKS, ROUNDINGS, ["even"], SYMMETRIES),
+            itertools.cycle(itertools.product(DTYPES[:2], ("transposed", "contiguous", "contiguous"), PAIR_CONFIGS)),
+            strict=False,
+        )
     ],
     "edges": [
         case

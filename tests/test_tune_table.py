@@ -171,7 +171,10 @@ def change(path: Path, problem: tune.Problem, config: tune.Config, values: dict[
         ({"tile_rows": None}, "tile_rows"),
         ({"extra": 1}, "extra"),
         ({"type": "HopperConfig"}, "unexpected keyword argument"),
-        ({"type": "Path"}, "type 'Path'; allowed: CastConfig, MatmulConfig, HopperConfig, SmallMatmulConfig"),
+        (
+            {"type": "Path"},
+            "type 'Path'; allowed: CastConfig, PairConfig, MatmulConfig, HopperConfig, SmallMatmulConfig",
+        ),
         ({"type": 3}, "type 3; allowed"),
         ({"config": "CastConfig"}, "type None; allowed"),
         ({"before_us": "2"}, "before_us is '2'; allowed: microseconds"),

@@ -7,6 +7,7 @@ import math
 
 import triton
 import triton.language as tl
+from triton.experimental.gluon import language as gl
 
 from .primitives import (
     MAGNITUDE,
@@ -37,11 +38,9 @@ def round_to_odd(bits, BITS: tl.constexpr):
 def truncated_product(magnitude, EXPONENT: tl.constexpr, GPU: tl.constexpr):
     """The fp32 bits of `magnitude * 2**EXPONENT`, rounded toward zero; EXPONENT <= 0."""
     if GPU.ptx:
-        factor = tl.full(magnitude.shape, 2.0**EXPONENT, tl.float32)
-        product = tl.inline_asm_elementwise(
-            "mul.rz.f32 $0, $1, $2;", "=f,f,f", [magnitude, factor], tl.float32, is_pure=True, pack=1
+        return tl.inline_asm_elementwise(
+            truncating_assembly(EXPONENT), "=r,f", [magnitude], tl.int32, is_pure=True, pack=1
         )
-        return bits_of(product)
     else:
         bits = bits_of(magnitude)
         field = bits >> 23
@@ -49,6 +48,13 @@ def truncated_product(magnitude, EXPONENT: tl.constexpr, GPU: tl.constexpr):
         shift = tl.minimum(tl.maximum(LOWEST - field, 0), 31)
         significand = (bits & 0x7FFFFF) | 0x800000
         return (significand >> shift) + (tl.maximum(field - LOWEST, 0) << 23)
+
+
+@triton.constexpr_function
+def truncating_assembly(exponent):
+    """PTX of the fp32 bits of $1 times 2**exponent, rounded toward zero."""
+    bits = (127 + exponent) << 23 if exponent > -127 else 1 << (149 + exponent)
+    return f"mul.rz.f32 $0, $1, 0f{bits:08x};"
 
 
 @triton.jit
@@ -110,7 +116,8 @@ def encode_words(x, factor, keep, random, SPEC: tl.constexpr, GPU: tl.constexpr)
         return pack_bytes(codes & words_of_bytes(kept), ELEMENT.bits)
     elif ELEMENT.name == "e2m1" and not SPEC.stochastic and GPU.cvt_e2m1:
         low, high = split2(hardware_e2m1(to_fp32(x) * factor))
-        return (low | (high << 16)) & pack(kept, 4)
+        words = low | (high << 16)
+        return words & laid_out(pack(kept, 4), words)
     elif not ELEMENT.twos_complement and ELEMENT.bits == 4 and GPU.ptx and fp4_serves(SPEC):
         return fp4_words(x, factor, random, SPEC, GPU) & pack(kept, 4)
     else:
@@ -119,6 +126,22 @@ def encode_words(x, factor, keep, random, SPEC: tl.constexpr, GPU: tl.constexpr)
             random = join2(random & 0xFFFF, (random >> 16) & 0xFFFF)
         # what is above a code's bits must not reach its neighbours
         return pack(encode(to_fp32(x) * factor, random, SPEC, EXACT_BITS, GPU) & kept, ELEMENT.bits)
+
+
+@triton.jit
+def laid_out(x, like):
+    """`x`, which is with the threads that have `like`; in Gluon, where the same layout has several names, by its."""
+    LAYOUT: tl.constexpr = layout_of(like.type)
+    if LAYOUT is None:
+        return x
+    else:
+        return gl.convert_layout(x, LAYOUT, assert_trivial=True)
+
+
+@triton.constexpr_function
+def layout_of(type):
+    """Of a tensor's type in Gluon; None in plain Triton, which has none yet."""
+    return getattr(type, "layout", None)
 
 
 # --- conversions in hardware --------------------------------------------------------------------------------

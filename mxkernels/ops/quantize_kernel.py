@@ -11,7 +11,7 @@ import triton.language as tl
 from .. import gpu
 from ..spec import MXSpec
 from ..tune import CastConfig, Problem, find_config, quantize_config
-from .elements import encode_words
+from .elements import encode_words, laid_out
 from .launch import Launch, Layout
 from .primitives import (
     INFINITY,
@@ -179,42 +179,63 @@ def quantize_tile(
     BLOCK: tl.constexpr = SPEC.block
     TILE_ROWS: tl.constexpr = x.shape[0]
     TILE_COLS: tl.constexpr = x.shape[1]
-    DTYPE: tl.constexpr = x.dtype
 
-    # One scale (and offset) a block.
     block = block_index(tile_row, tile_col, cols, BLOCK, TILE_ROWS, TILE_COLS)
     if LAYOUT.whole:
         exists = None
     else:
         exists = block_inside(tile_row, tile_col, rows, cols, BLOCK, TILE_ROWS, TILE_COLS)
-    if SPEC.symmetric:
-        amax = block_magnitude(x, BLOCK, GPU)
-    else:
-        largest, least = block_range(x, inside, BLOCK, GPU)
-        finite = (tl.abs(largest) < float("inf")) & (tl.abs(least) < float("inf"))
-        offset = tl.where(finite, block_offset(largest, least), 0.0)
+    DTYPE: tl.constexpr = x.dtype
+    x, scale, offset = less_offset(x, inside, SPEC, GPU)
+    if not SPEC.symmetric:
         tl.store(offset_ptr + block, offset.to(tl.float16), mask=exists)
-        x = to_fp32(x) - spread(offset, BLOCK, DTYPE)
-        # x - offset rounds monotonically, so its largest magnitude is at an end of the range
-        amax = bits_of(tl.maximum(tl.abs(largest - offset), tl.abs(least - offset)))
-        amax = tl.where(finite, amax, INFINITY)
-    scale = scale_byte(amax, SPEC)
     tl.store(scale_ptr + block, scale.to(tl.uint8), mask=exists)
 
-    # One code an element.
     random = 0
     if SPEC.stochastic:
         GROUPS: tl.constexpr = TILE_COLS // 8
         row = tile_row * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]
         group = tile_col * GROUPS + tl.arange(0, GROUPS)[None, :]
         random = random_words(tl.load(seed_ptr), row, group, ceil_div(cols, 8), x, LAYOUT.wide_counter, GPU)
-    factor = spread(scale_value(254 - scale), BLOCK, DTYPE)
-    keep = spread(scale != NAN_BYTE, BLOCK, DTYPE)
-    if not SPEC.symmetric and inside is not None:
-        keep &= inside
-    words = encode_words(x, factor, keep, random, SPEC, GPU)
+    words = scaled_words(x, inside, scale, random, SPEC, DTYPE, GPU)
     row_bytes = ceil_div(cols, ELEMENT.group) * ELEMENT.group_bytes
     store_words(words, codes_ptr, tile_row, tile_col, rows, row_bytes, TILE_COLS * ELEMENT.bits // 32, LAYOUT)
+
+
+@triton.jit
+def less_offset(x, inside, SPEC: tl.constexpr, GPU: tl.constexpr):
+    """`x`, of which `inside` says which elements exist, or is None where all do; the scale byte of each block; and its
+    offset, 0 if symmetric, else fp32, which is subtracted from the returned `x`, fp32 too then."""
+    BLOCK: tl.constexpr = SPEC.block
+    if SPEC.symmetric:
+        return x, scale_byte(block_magnitude(x, BLOCK, GPU), SPEC), 0.0
+    else:
+        largest, least = block_range(x, inside, BLOCK, GPU)
+        finite = (tl.abs(largest) < float("inf")) & (tl.abs(least) < float("inf"))
+        offset = tl.where(finite, block_offset(largest, least), 0.0)
+        x = to_fp32(x) - spread_over(offset, x, BLOCK, x.dtype)
+        # x - offset rounds monotonically, so its largest magnitude is at an end of the range
+        amax = bits_of(tl.maximum(tl.abs(largest - offset), tl.abs(least - offset)))
+        amax = tl.where(finite, amax, INFINITY)
+        return x, scale_byte(amax, SPEC), offset
+
+
+@triton.jit
+def scaled_words(x, inside, scale, random, SPEC: tl.constexpr, DTYPE: tl.constexpr, GPU: tl.constexpr):
+    """`x`, of DTYPE before an offset was subtracted, over the scales of its blocks, rounded and packed
+    (`encode_words`)."""
+    BLOCK: tl.constexpr = SPEC.block
+    factor = spread_over(scale_value(254 - scale), x, BLOCK, DTYPE)
+    keep = spread_over(scale != NAN_BYTE, x, BLOCK, DTYPE)
+    if not SPEC.symmetric and inside is not None:
+        keep &= inside
+    return encode_words(x, factor, keep, random, SPEC, GPU)
+
+
+@triton.jit
+def spread_over(per_block, x, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """One value a block to one for each element of `x`, which had DTYPE when it was reduced."""
+    return laid_out(spread(per_block, BLOCK, DTYPE), x)
 
 
 TENSORS = (
@@ -241,19 +262,19 @@ def quantize_launch(
     config: CastConfig | None = None,
     capabilities: gpu.Capabilities | None = None,
 ) -> Launch:
-    """The launch that quantises the matrix `x` into `parts`: codes, scale and, if asymmetric, offset; then
-    the same of the transpose, if they are given."""
+    """The launch that quantises the matrix `x` into `parts`: codes, scale and, if asymmetric, offset; then the same of
+    the transpose, if they are given (`quantize_pair_launch` knows their config)."""
     rows, cols = x.shape
     pair = len(parts) > 3
     row_contiguous = x.stride(1) == 1 or x.stride(0) != 1
     if config is None:
-        op, layout = "quantize_pair" if pair else "quantize", "rows" if row_contiguous else "columns"
+        layout = "rows" if row_contiguous else "columns"
         config = find_config(
-            Problem.of(op, spec, x.dtype, layout, rows, cols),
+            Problem.of("quantize", spec, x.dtype, layout, rows, cols),
             x.device,
-            lambda: quantize_config(spec, rows, cols, x.element_size(), row_contiguous, pair),
+            lambda: quantize_config(spec, rows, cols, x.element_size(), row_contiguous, pair=False),
         ).config
-    if config.run > 1 and not (config.fills_runs(x.element_size()) and _loads_pieces(x)):
+    if config.run > 1 and not (config.fills_runs(x.element_size()) and loads_pieces(x)):
         config = replace(config, run=1, square=pair or not row_contiguous)
     row_bytes = spec.packed_cols(cols) | (spec.packed_cols(rows) if pair else 0)
     capabilities = capabilities or gpu.device_capabilities(x.device)
@@ -275,7 +296,7 @@ def quantize_launch(
     )
 
 
-def _loads_pieces(x: torch.Tensor) -> bool:
+def loads_pieces(x: torch.Tensor) -> bool:
     """Whether Triton sees that 16 bytes at a time can be loaded. Where it loads less (as for tiles that do not fill
     runs), neighbours lie with threads that are not, and kernels that Triton 3.6 compiled so gave wrong bytes."""
     along, across = sorted(x.stride())

@@ -1,6 +1,6 @@
 """How fast: configs, which decide speed and never a byte."""
 
-from .config import CastConfig, Config, HopperConfig, MatmulConfig, SmallMatmulConfig
+from .config import CastConfig, Config, HopperConfig, MatmulConfig, PairConfig, SmallMatmulConfig
 from .constraints import CONFIG_TYPES, obstacle
 from .events import on_change
 from .location import cache_directory, tables_in
@@ -34,6 +34,7 @@ __all__ = [
     "Entry",
     "HopperConfig",
     "MatmulConfig",
+    "PairConfig",
     "Problem",
     "SmallMatmulConfig",
     "Source",

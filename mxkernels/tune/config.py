@@ -4,6 +4,7 @@ in which its sums are taken)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,31 @@ class CastConfig:
         wide = ", 16 bytes at a time" if self.wide else ""
         run = ", runs along a row to a thread" if self.run > 1 else ""
         return f"tiles {self.tile_rows}x{self.tile_cols}, {self.num_warps} warps{square}{run}{wide}"
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """How a kernel is launched that quantises both orientations by way of shared memory: a program works on `tile_rows`
+    x `tile_cols`, `SIDE` x `SIDE` at a time.
+
+    Attributes:
+        stages: how many of these are in shared memory, all but one of them being loaded.
+    """
+
+    SIDE: ClassVar[int] = 128
+
+    tile_rows: int
+    tile_cols: int
+    num_warps: int
+    stages: int
+
+    @property
+    def tiles(self) -> int:
+        """Of `SIDE` x `SIDE`, that a program works on."""
+        return self.tile_rows * self.tile_cols // self.SIDE**2
+
+    def __str__(self) -> str:
+        return f"tiles {self.tile_rows}x{self.tile_cols} by shared memory, {self.num_warps} warps, {self.stages} stages"
 
 
 @dataclass(frozen=True)
@@ -102,4 +128,4 @@ class SmallMatmulConfig:
         return f"tiles {tile}, K in {self.splits} parts, {self.num_warps} warps, {self.num_stages} stages"
 
 
-Config = CastConfig | MatmulConfig | HopperConfig | SmallMatmulConfig
+Config = CastConfig | PairConfig | MatmulConfig | HopperConfig | SmallMatmulConfig

@@ -8,13 +8,13 @@ import torch
 
 from ..prepared import GROUP
 from ..spec import MXSpec
-from .config import CastConfig, Config, HopperConfig, MatmulConfig, SmallMatmulConfig
+from .config import CastConfig, Config, HopperConfig, MatmulConfig, PairConfig, SmallMatmulConfig
 from .problem import Problem
 from .rule import ceil_div, hopper_tile_config, power_of_two_above
 
 CONFIG_TYPES: dict[str, tuple[type[Config], ...]] = {
     "quantize": (CastConfig,),
-    "quantize_pair": (CastConfig,),
+    "quantize_pair": (CastConfig, PairConfig),
     "dequantize": (CastConfig,),
     "fold": (CastConfig,),
     "quantize_fold": (CastConfig,),
@@ -48,6 +48,8 @@ def obstacle(problem: Problem, config: Config, shared_bytes: int = LARGEST_SHARE
         return wrong_type
     if isinstance(config, CastConfig):
         return _cast_obstacle(problem, config)
+    if isinstance(config, PairConfig):
+        return _pair_obstacle(problem, config, shared_bytes)
     if isinstance(config, HopperConfig):
         return _hopper_obstacle(problem, config)
     if isinstance(config, SmallMatmulConfig):
@@ -85,6 +87,25 @@ def _cast_obstacle(problem: Problem, config: CastConfig) -> str | None:
         or _no_side("tile_rows", config.tile_rows, least_rows, 1 << 15)
         or _no_side("tile_cols", config.tile_cols, least_cols, 1 << 15)
         or _too_large("tile_rows * tile_cols", config.tile_rows * config.tile_cols, config.num_warps)
+    )
+
+
+def _pair_obstacle(problem: Problem, config: PairConfig, shared_bytes: int) -> str | None:
+    spec = MXSpec.parse(problem.formats)
+    if _dtype(problem.dtype).itemsize != 2:
+        return f"it reads {problem.dtype}; allowed: bfloat16, float16"
+    if spec.element.bits == 6:
+        return f"it packs {spec.element.name}; allowed: elements of 4 or 8 bits"
+    if spec.block.cols == 1 or spec.block.rows == spec.block.cols == 128:
+        return f"its blocks are {spec.block}; allowed: two columns or more, and less than 128x128"
+    blocks = 2 * config.tile_rows * config.tile_cols // (spec.block.rows * spec.block.cols)
+    needed = config.stages * 2 * config.SIDE**2 + blocks * (1 if spec.symmetric else 3)
+    return (
+        _not_one_of("num_warps", config.num_warps, (1, 2, 4, 8))
+        or _no_side("tile_rows", config.tile_rows, config.SIDE, 1 << 12)
+        or _no_side("tile_cols", config.tile_cols, config.SIDE, 1 << 12)
+        or _not_one_of("stages", config.stages, range(1, config.tiles + 1))
+        or (f"its stages take {needed} bytes; allowed: {shared_bytes}" if needed > shared_bytes else None)
     )
 
 

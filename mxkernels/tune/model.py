@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .config import CastConfig, Config, HopperConfig, MatmulConfig, SmallMatmulConfig
+from .config import CastConfig, Config, HopperConfig, MatmulConfig, PairConfig, SmallMatmulConfig
 from .limits import Footprint, Limits, resident, threads
 from .problem import Problem
 from .rule import ceil_div
@@ -33,22 +33,32 @@ def predicted_us(
     problem: Problem, work: Work, config: Config, limits: Limits, footprint: Footprint | None = None
 ) -> float:
     """Microseconds; `footprint` is guessed where it is not known."""
-    if isinstance(config, CastConfig):
+    if isinstance(config, CastConfig | PairConfig):
         return _cast_us(problem, work, config, limits, footprint)
     if isinstance(config, SmallMatmulConfig):
         return _stream_us(problem, work, config, limits, footprint)
     return _product_us(problem, work, config, limits, footprint)
 
 
-def _cast_us(problem: Problem, work: Work, config: CastConfig, limits: Limits, footprint: Footprint | None) -> float:
+def _cast_us(
+    problem: Problem, work: Work, config: CastConfig | PairConfig, limits: Limits, footprint: Footprint | None
+) -> float:
     rows, cols = problem.shape
     programs = ceil_div(rows, config.tile_rows) * ceil_div(cols, config.tile_cols)
     elements = config.tile_rows * config.tile_cols // threads(config)
-    footprint = footprint or Footprint(0, min(32 + elements, 255), 0)
-    instructions = footprint.instructions or 60 + 12 * elements
+    under_way = work.read_bytes / programs
+    if isinstance(config, PairConfig):  # a loop over tiles
+        tile_elements = elements // config.tiles
+        footprint = footprint or Footprint(0, min(64 + tile_elements, 255), config.stages * 2 * config.SIDE**2)
+        instructions = (footprint.instructions or 60 + 14 * tile_elements) * config.tiles
+        under_way *= config.stages / config.tiles
+    else:
+        footprint = footprint or Footprint(0, min(32 + elements, 255), 0)
+        each = 20 if problem.op == "quantize_pair" else 12
+        instructions = footprint.instructions or 60 + each * elements
     together = resident(config, limits, footprint)
     issue_us = programs * config.num_warps * instructions * _ISSUE / (4 * limits.processors * limits.ghz) / 1e3
-    memory_us = _memory_us(work, work.read_bytes / programs * together, limits)
+    memory_us = _memory_us(work, under_way * together, limits)
     return max(issue_us, memory_us) * _tail(programs, together, limits)
 
 

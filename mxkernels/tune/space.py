@@ -10,13 +10,14 @@ from math import log2
 import torch
 
 from ..spec import MXSpec
-from .config import CastConfig, Config, HopperConfig, MatmulConfig, SmallMatmulConfig
+from .config import CastConfig, Config, HopperConfig, MatmulConfig, PairConfig, SmallMatmulConfig
 from .constraints import obstacle
 from .limits import Limits
 from .problem import Problem
 from .rule import ceil_div, hopper_tile_config, power_of_two_above
 
 _HOPPER_TILES = ((64, 1), (64, 2), (128, 1), (128, 2), (256, 1))  # columns of a piece, pieces
+_PAIR_TILES = ((128, 128), (128, 256), (256, 256), (256, 512), (512, 512))
 _GROUPS = (4, 8, 16, 32)  # rows of tiles that go together
 
 
@@ -73,6 +74,13 @@ def _casts(problem: Problem, rule: Config) -> Iterator[Config]:
 
 
 _ALONG = ("rows", "straight")
+
+
+def _pairs(problem: Problem, rule: Config) -> Iterator[Config]:
+    """As casts do it, and by way of shared memory."""
+    yield from _casts(problem, rule)
+    for (tile_rows, tile_cols), num_warps, stages in product(_PAIR_TILES, (4, 8), (1, 2, 3)):
+        yield PairConfig(tile_rows, tile_cols, num_warps, stages)
 
 
 def _bands(problem: Problem, rule: Config) -> Iterator[Config]:
@@ -143,7 +151,7 @@ def _block_scaled(problem: Problem, rule: Config) -> Iterator[Config]:
 
 _GRIDS: dict[str, Callable[[Problem, Config], Iterable[Config]]] = {
     "quantize": _casts,
-    "quantize_pair": _casts,
+    "quantize_pair": _pairs,
     "dequantize": _casts,
     "fold": _casts,
     "quantize_fold": _bands,

@@ -21,7 +21,7 @@ from datetime import date as Date
 from pathlib import Path
 from typing import Any
 
-from .config import CastConfig, Config, HopperConfig, MatmulConfig, SmallMatmulConfig
+from .config import CastConfig, Config, HopperConfig, MatmulConfig, PairConfig, SmallMatmulConfig
 from .constraints import obstacle
 from .events import TABLES_CHANGED
 from .location import VARIABLE, cache_directory, table_name
@@ -29,7 +29,7 @@ from .problem import Problem, impossibility, op_of
 from .stamp import Stamp
 
 _CONFIGS: dict[str, type[Config]] = {
-    each.__name__: each for each in (CastConfig, MatmulConfig, HopperConfig, SmallMatmulConfig)
+    each.__name__: each for each in (CastConfig, PairConfig, MatmulConfig, HopperConfig, SmallMatmulConfig)
 }
 _LARGEST_BYTES = 1 << 26  # of a file; a thousand times what all shapes of a model take
 _LOCK_SECONDS = 60

@@ -15,7 +15,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-# What the process runs. An interrupt is its parent's affair, which then ends it; until it ignores them, they are blocked.
+# What the process runs. An interrupt is its parent's affair, which then ends it: blocked until it ignores them.
 _CODE = """import signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 from mxkernels.tune.worker_process import main

@@ -11,7 +11,8 @@ from math import lcm
 
 import torch
 
-from ..tune import CastConfig, Config, HopperConfig, Problem
+from ..ops.quantize_pair_kernel import pair_serves
+from ..tune import CastConfig, Config, HopperConfig, PairConfig, Problem
 from ..tune.limits import Limits
 from .casts import Dequantize, Fold, Quantize, QuantizeFold
 from .products import DecodeMultiply, Multiply, Native, Stream, on_hopper
@@ -55,7 +56,7 @@ def proof(problem: Problem, device: torch.device, limits: Limits) -> Workload:
 def proof_problem(problem: Problem, config: Config) -> Problem:
     """Of a cast one on a matrix so small that the reference is quick, for which the launches of `config` are compiled
     to the same kernels; of a product itself."""
-    if not isinstance(config, CastConfig):
+    if not isinstance(config, CastConfig | PairConfig):
         return problem
     rows, cols = problem.shape
     tile_rows, tile_cols = lcm(config.tile_rows, 16), lcm(config.tile_cols, 128)
@@ -70,6 +71,9 @@ def rule_config(problem: Problem, limits: Limits) -> Config:
 
 def serves(problem: Problem, config: Config, limits: Limits) -> bool:
     """Whether a config serves as far as only `ops` knows."""
+    if isinstance(config, PairConfig):
+        rows, cols = problem.shape
+        return pair_serves(config, rows, cols, limits.capabilities)
     return not isinstance(config, HopperConfig) or on_hopper(problem, limits)
 
 

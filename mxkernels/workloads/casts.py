@@ -11,6 +11,7 @@ from ..ops.dequantize_kernel import dequantize_launch
 from ..ops.fold_kernel import fold_launch, quantize_fold_launch
 from ..ops.launch import Launch
 from ..ops.quantize_kernel import quantize_launch
+from ..ops.quantize_pair_kernel import quantize_pair_launch
 from ..spec import MXSpec
 from ..tune import Config, Problem, dequantize_config, fold_config, quantize_config, quantize_fold_config
 from ..tune.limits import Limits
@@ -70,7 +71,8 @@ class Quantize(Cast):
         self.random = None if seed is None else seed.to(self.device)
 
     def launches(self, config: Any) -> list[Launch]:
-        return [quantize_launch(self.inputs[0], self.spec, self.random, self.outputs, config, self.capabilities)]
+        launch = quantize_pair_launch if _is_pair(self.problem) else quantize_launch
+        return [launch(self.inputs[0], self.spec, self.random, self.outputs, config, self.capabilities)]
 
 
 def _is_pair(problem: Problem) -> bool:
