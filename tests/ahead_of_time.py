@@ -125,7 +125,7 @@ CASES = (
     Case("quantize_pair", "int8 4x4 rtne even asymmetric", cols=16381),
     Case("quantize_pair", "e2m1 1x32 rtne even symmetric", config=PairConfig(128, 128, 4, 1)),
     Case("quantize_pair", "e4m3 1x32 rtne even symmetric", transposed=True, config=PairConfig(128, 128, 8, 1)),
-    Case("quantize_pair", "int4 1x16 rtne ceil asymmetric", FP16, config=PairConfig(128, 256, 8, 2)),
+    Case("quantize_pair", "int4 4x4 stochastic ceil symmetric", FP16, config=PairConfig(128, 256, 8, 2)),
     Case("quantize", "e2m1 1x32 rtne even asymmetric", cols=16416),
     Case("quantize", "e2m3 4x4 rtne even symmetric", cols=16381),
     # decoding: every width, offsets, every output

@@ -17,6 +17,7 @@ from mxkernels.ops.operand import Operand, launchable, operand_a
 from mxkernels.spec import MXSpec
 from mxkernels.tune.limits import Limits
 from mxkernels.tune.space import candidates
+from mxkernels.workloads import serves
 
 Outputs = list[torch.Tensor]
 Shape = tuple[int, int, int]  # M, N, K of products; M and K of casts
@@ -151,11 +152,10 @@ def streams_of(values: Values) -> dict[str, Case]:
     }
 
 
-def sampled(problem: tune.Problem, rule: tune.Config, count: int, hopper: bool) -> list[tune.Config]:
+def sampled(problem: tune.Problem, rule: tune.Config, count: int, device: torch.device) -> list[tune.Config]:
     """Configs from all over the tuner's space."""
-    found = candidates(
-        problem, rule, Limits("sm_90"), lambda config: hopper or not isinstance(config, tune.HopperConfig)
-    )
+    limits = Limits.of(device)
+    found = candidates(problem, rule, limits, lambda config: serves(problem, config, limits))
     return found[:: max(len(found) // count, 1)]
 
 
@@ -170,9 +170,7 @@ def order_of_sums(config: tune.Config) -> tuple[object, ...]:
     return ()
 
 
-def outputs(
-    case: Case, device: torch.device, shape: Shape, count: int, hopper: bool
-) -> Iterator[tuple[tune.Config, Outputs]]:
+def outputs(case: Case, device: torch.device, shape: Shape, count: int) -> Iterator[tuple[tune.Config, Outputs]]:
     """What a case gives under the rule's config, and under others for each of its op's problems in turn."""
     call = case.call(device, shape)
     with tune.recording() as seen:
@@ -181,7 +179,7 @@ def outputs(
     assert problems
     for problem, rule in problems.items():
         yield rule, expected
-        for config in sampled(problem, rule, count, hopper):
+        for config in sampled(problem, rule, count, device):
             with tune.pinned(problem, config), tune.recording() as seen:
                 try:
                     found = call()
@@ -191,21 +189,21 @@ def outputs(
             yield config, found
 
 
-def check_bytes(case: Case, device: torch.device, shape: Shape, count: int, hopper: bool = False) -> None:
+def check_bytes(case: Case, device: torch.device, shape: Shape, count: int) -> None:
     """The same bytes under all configs."""
     expected, configs = None, set()
-    for config, found in outputs(case, device, shape, count, hopper):
+    for config, found in outputs(case, device, shape, count):
         expected = expected or found
         poisoned.assert_same_parts(found, expected, config)
         configs.add(config)
     assert len(configs) > 1
 
 
-def check_order(case: Case, device: torch.device, shape: Shape, count: int, hopper: bool = False) -> None:
+def check_order(case: Case, device: torch.device, shape: Shape, count: int) -> None:
     """The same bits under configs that take the sums in the same order."""
     first: dict[tuple[object, ...], Outputs] = {}
     compared = 0
-    for config, found in outputs(case, device, shape, count, hopper):
+    for config, found in outputs(case, device, shape, count):
         known = first.setdefault(order_of_sums(config), found)
         compared += known is not found
         poisoned.assert_same_parts(found, known, config)
