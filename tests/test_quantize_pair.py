@@ -16,9 +16,12 @@ from ahead_of_time import META, empty_parts
 
 from mxkernels import gpu, tune
 from mxkernels.ops.launch import Launch
-from mxkernels.ops.quantize_pair_kernel import quantize_pair_launch, shared_layout, thread_layout
+from mxkernels.ops.quantize_pair_kernel import cell_layout, quantize_pair_launch, thread_layout
 from mxkernels.spec import MXSpec
 from mxkernels.tune import CastConfig, PairConfig, Problem
+from mxkernels.tune.limits import Limits
+from mxkernels.tune.search import BREADTHS, shortlist
+from mxkernels.tuner import task
 
 SPEC = "e2m1 1x32 rtne even symmetric"
 H100 = gpu.capabilities("sm_90")
@@ -101,7 +104,7 @@ def test_where_it_serves(x: torch.Tensor, capabilities: gpu.Capabilities, serves
         ("e2m1 128x128 rtne even symmetric", "bfloat16", PAIR, "its blocks are 128x128"),
         (SPEC, "bfloat16", PairConfig(64, 128, 4, 1), "tile_rows is 64; allowed: powers of two from 128"),
         (SPEC, "bfloat16", PairConfig(128, 384, 4, 1), "tile_cols is 384"),
-        (SPEC, "bfloat16", PairConfig(128, 128, 16, 1), "num_warps is 16; allowed: 1, 2, 4, 8"),
+        (SPEC, "bfloat16", PairConfig(128, 128, 16, 1), "num_warps is 16; allowed: 4, 8"),
         (SPEC, "bfloat16", PairConfig(128, 256, 4, 0), "stages is 0; allowed: 1 to 2"),
         (SPEC, "bfloat16", PairConfig(128, 256, 4, 3), "stages is 3; allowed: 1 to 2"),
         (SPEC, "bfloat16", PairConfig(512, 512, 4, 7), "its stages take 245760 bytes; allowed: 232448"),
@@ -115,6 +118,16 @@ def test_obstacles(formats: str, dtype: str, config: PairConfig, words: str | No
 def test_it_is_for_pairs_alone() -> None:
     problem = Problem("quantize", SPEC, "bfloat16", "rows", (4096, 4096))
     assert tune.obstacle(problem, PAIR) == "it is a PairConfig; allowed for quantize: CastConfig"
+
+
+@pytest.mark.parametrize("shape", [(16384, 16384), (4096, 4096)])
+@pytest.mark.parametrize("name", ["e2m1", "e4m3", "e5m2", "int8"])
+def test_both_kernels_are_searched(name: str, shape: tuple[int, int]) -> None:
+    limits = Limits("sm_90")
+    searched = task(Problem("quantize_pair", f"{name} 1x32 rtne even symmetric", "bfloat16", "rows", shape), limits)
+    for breadth in BREADTHS:
+        found = shortlist(searched, limits, breadth.compiled)
+        assert {type(config) for config in found} == {CastConfig, PairConfig}
 
 
 # --- threads and banks ---------------------------------------------------------------------------------------
@@ -132,8 +145,8 @@ def combined(bases: Any, number: int) -> Place:
 
 
 def offsets() -> dict[Place, int]:
-    """Where each element of a tile stands in shared memory."""
-    bases = value(shared_layout()).offset_bases
+    """Where each element of a cell stands in shared memory."""
+    bases = value(cell_layout()).offset_bases
     return {combined(bases, offset): offset for offset in range(1 << len(bases))}
 
 
@@ -141,8 +154,8 @@ def value(found: Any) -> Any:
     return getattr(found, "value", found)
 
 
-@pytest.mark.parametrize("num_warps", [1, 2, 4, 8])
-def test_threads_have_whole_blocks_and_all_of_a_tile(num_warps: int) -> None:
+@pytest.mark.parametrize("num_warps", [4, 8])
+def test_threads_have_whole_blocks_and_all_of_a_cell(num_warps: int) -> None:
     layout = value(thread_layout(num_warps))
     everywhere = []
     for lane, warp in itertools.product(range(32), range(num_warps)):
@@ -157,20 +170,27 @@ def test_threads_have_whole_blocks_and_all_of_a_tile(num_warps: int) -> None:
     assert sorted(everywhere) == list(itertools.product(range(128), range(128)))
 
 
-def eights() -> Iterator[tuple[str, list[Place]]]:
+def eights(num_warps: int) -> Iterator[tuple[str, list[Place]]]:
     """Eights of 16-byte pieces that eight threads load, or that the eight rows of a matrix of `ldmatrix` are."""
     for row, col in itertools.product(range(128), range(0, 128, 64)):
         yield "loaded", [(row, col + 8 * thread) for thread in range(8)]
-    for row, piece in itertools.product(range(0, 128, 2), range(4)):
-        yield "along rows", [(row + thread // 4, 32 * (thread % 4) + 8 * piece) for thread in range(8)]
-    for row, col in itertools.product(range(0, 32, 2), range(0, 128, 8)):
-        yield "down columns", [(32 * (thread // 2) + row + thread % 2, col) for thread in range(8)]
+    layout = value(thread_layout(num_warps))
+    bases = [*layout.reg_bases, *layout.lane_bases, *layout.warp_bases]
+    registers = len(layout.reg_bases)
+    for number in range(0, 1 << len(bases), 8):
+        if number >> registers & 7 == 0:  # the first of eight threads, at each eighth register
+            yield "along rows", [combined(bases, number + (thread << registers)) for thread in range(8)]
+    for number in range(0, 1 << len(bases), 2):
+        if number >> registers & 31 == 0:  # of a matrix, four threads have two elements in each of eight columns
+            its = [number + register + (thread << registers) for thread in range(4) for register in range(2)]
+            yield "down columns", [combined(bases, each)[::-1] for each in its]
 
 
-def test_no_two_of_eight_threads_meet_in_a_bank() -> None:
+@pytest.mark.parametrize("num_warps", [4, 8])
+def test_no_two_of_eight_threads_meet_in_a_bank(num_warps: int) -> None:
     offset = offsets()
     assert sorted(offset) == list(itertools.product(range(128), range(128)))
-    for what, pieces in eights():
+    for what, pieces in eights(num_warps):
         starts = [offset[piece] for piece in pieces]
         assert all(start % 8 == 0 for start in starts)  # 16 bytes in one piece
         assert len({start // 8 % 8 for start in starts}) == 8, (what, pieces)

@@ -458,6 +458,7 @@ ALL = set(tune.OPS)
         ("ops/tiles.py", ALL),
         ("ops/quantize_kernel.py", {"quantize", "quantize_pair", "fold", "quantize_fold"}),
         ("ops/elements.py", {"quantize", "quantize_pair", "fold", "quantize_fold"}),
+        ("ops/quantize_pair_kernel.py", {"quantize_pair"}),
         ("ops/dequantize_kernel.py", {"dequantize"}),
         ("ops/fold_kernel.py", {"fold", "quantize_fold"}),
         ("ops/matmul_kernel.py", {"multiply", "stream", "decode_multiply", "native"}),
@@ -481,7 +482,7 @@ def test_the_hash_of_an_ops_kernels(sources_of_kernels: Path, name: str, ops: se
 # The modules where an op's launches are made.
 LAUNCHES = {
     "quantize": ["quantize_kernel"],
-    "quantize_pair": ["quantize_kernel"],
+    "quantize_pair": ["quantize_pair_kernel", "quantize_kernel"],
     "dequantize": ["dequantize_kernel"],
     "fold": ["fold_kernel"],
     "quantize_fold": ["fold_kernel"],

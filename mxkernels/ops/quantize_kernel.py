@@ -268,6 +268,7 @@ def quantize_launch(
     pair = len(parts) > 3
     row_contiguous = x.stride(1) == 1 or x.stride(0) != 1
     if config is None:
+        assert not pair
         layout = "rows" if row_contiguous else "columns"
         config = find_config(
             Problem.of("quantize", spec, x.dtype, layout, rows, cols),

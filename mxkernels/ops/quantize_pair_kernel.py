@@ -1,8 +1,8 @@
 """Quantise both orientations of a matrix from one read of it, by way of shared memory.
 
 Written in Gluon, which says what a thread holds: memory is best read by whole lines, while a scale costs the least
-where one thread has all of a block, along a row in the one orientation and down a column in the other. Tiles in shared
-memory give each its own. What becomes of the elements is `quantize_kernel`'s. Imports Triton.
+where one thread has all of a block, along a row in the one orientation and down a column in the other. Shared memory
+gives each its own. What becomes of the elements is `quantize_kernel`'s. Imports Triton.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .quantize_kernel import (
 load_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
-SIDE = gl.constexpr(PairConfig.SIDE)  # of a tile
+SIDE = gl.constexpr(PairConfig.SIDE)  # of a cell, of which a program's tile consists
 
 
 @gluon.jit
@@ -44,70 +44,71 @@ def quantize_pair_kernel(
     rows, cols, row_stride,
     SPEC: gl.constexpr, CONFIG: gl.constexpr, GPU: gl.constexpr,
 ):  # fmt: skip
-    """Quantise a matrix of contiguous rows and its transpose. A program works on tile after tile of `CONFIG.tile_rows`
-    x `CONFIG.tile_cols`, which fill the matrix, while the next ones are loaded; what is written once a block, it
-    keeps to the end, since short pieces of rows are as slow to write as longer ones."""
+    """Quantise a matrix of contiguous rows, which tiles fill, and its transpose. A program works on a tile's cells, one
+    after the other, while the next ones are loaded. It keeps scales and offsets to the end, since a few bytes of a row
+    take as long to write as 32."""
     DOWN: gl.constexpr = CONFIG.tile_rows // SIDE
     ACROSS: gl.constexpr = CONFIG.tile_cols // SIDE
     STAGES: gl.constexpr = CONFIG.stages
-    programs_across = cols // CONFIG.tile_cols
-    tile_row = (gl.program_id(0) // programs_across).to(gl.int64) * DOWN
-    tile_col = (gl.program_id(0) % programs_across).to(gl.int64) * ACROSS
-    tiles = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [STAGES, SIDE, SIDE], shared_layout())
+    tiles_across = cols // CONFIG.tile_cols
+    first_row = (gl.program_id(0) // tiles_across).to(gl.int64) * DOWN
+    first_col = (gl.program_id(0) % tiles_across).to(gl.int64) * ACROSS
+    cells = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [STAGES, SIDE, SIDE], cell_layout())
     scales = allocate_blocks(gl.uint8, SPEC, CONFIG)
     turned_scales = allocate_blocks(gl.uint8, SPEC, CONFIG)
     offsets = None if SPEC.symmetric else allocate_blocks(gl.float16, SPEC, CONFIG)
     turned_offsets = None if SPEC.symmetric else allocate_blocks(gl.float16, SPEC, CONFIG)
+    seed = gl.load(seed_ptr) if SPEC.stochastic else None
 
-    for tile in gl.static_range(STAGES - 1):
-        load(x_ptr, tile_row + tile // ACROSS, tile_col + tile % ACROSS, row_stride, tiles.index(tile), CONFIG)
-    for tile in range(CONFIG.tiles):
-        ahead = tile + STAGES - 1
-        if ahead < CONFIG.tiles:
+    for first in gl.static_range(STAGES - 1):
+        load(x_ptr, first_row + first // ACROSS, first_col + first % ACROSS, row_stride, cells.index(first), CONFIG)
+    for cell in range(CONFIG.cells):
+        ahead = cell + STAGES - 1
+        if ahead < CONFIG.cells:
             load(
-                x_ptr, tile_row + ahead // ACROSS, tile_col + ahead % ACROSS, row_stride,
-                tiles.index(ahead % STAGES), CONFIG,
+                x_ptr, first_row + ahead // ACROSS, first_col + ahead % ACROSS, row_stride,
+                cells.index(ahead % STAGES), CONFIG,
             )  # fmt: skip
         else:
-            async_copy.commit_group()  # of nothing, so that groups count tiles
+            async_copy.commit_group()  # of nothing, so that groups count cells
         async_copy.wait_group(STAGES - 1)
-        down = tile // ACROSS
-        across = tile % ACROSS
-        elements = tiles.index(tile % STAGES)
-        quantize_tile(
-            elements, tile_row + down, tile_col + across, cols, tile, seed_ptr, codes_ptr, scales, offsets,
+        down = cell // ACROSS
+        across = cell % ACROSS
+        elements = cells.index(cell % STAGES)
+        quantize_cell(
+            elements, first_row + down, first_col + across, cols, cell, seed, codes_ptr, scales, offsets,
             SPEC, CONFIG, GPU,
         )  # fmt: skip
-        quantize_tile(
-            elements.permute([1, 0]), tile_col + across, tile_row + down, rows, across * DOWN + down,
-            seed_ptr, turned_codes_ptr, turned_scales, turned_offsets, SPEC, CONFIG, GPU,
+        quantize_cell(
+            elements.permute([1, 0]), first_col + across, first_row + down, rows, across * DOWN + down,
+            seed, turned_codes_ptr, turned_scales, turned_offsets, SPEC, CONFIG, GPU,
         )  # fmt: skip
 
-    store_blocks(scales, tile_row, tile_col, cols, scale_ptr, SPEC, DOWN, ACROSS, CONFIG)
-    store_blocks(turned_scales, tile_col, tile_row, rows, turned_scale_ptr, SPEC, ACROSS, DOWN, CONFIG)
+    store_blocks(scales, first_row, first_col, cols, scale_ptr, SPEC, DOWN, ACROSS, CONFIG)
+    store_blocks(turned_scales, first_col, first_row, rows, turned_scale_ptr, SPEC, ACROSS, DOWN, CONFIG)
     if not SPEC.symmetric:
-        store_blocks(offsets, tile_row, tile_col, cols, offset_ptr, SPEC, DOWN, ACROSS, CONFIG)
-        store_blocks(turned_offsets, tile_col, tile_row, rows, turned_offset_ptr, SPEC, ACROSS, DOWN, CONFIG)
+        store_blocks(offsets, first_row, first_col, cols, offset_ptr, SPEC, DOWN, ACROSS, CONFIG)
+        store_blocks(turned_offsets, first_col, first_row, rows, turned_offset_ptr, SPEC, ACROSS, DOWN, CONFIG)
 
 
 @gluon.jit
-def load(x_ptr, tile_row, tile_col, row_stride, elements, CONFIG: gl.constexpr):
-    """Start to load a tile into shared memory, by whole lines."""
+def load(x_ptr, cell_row, cell_col, row_stride, elements, CONFIG: gl.constexpr):
+    """Start to load a cell into shared memory, by whole lines."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [CONFIG.num_warps, 1], [1, 0])
     i = gl.arange(0, SIDE, gl.SliceLayout(1, LAYOUT))[:, None]
     j = gl.arange(0, SIDE, gl.SliceLayout(0, LAYOUT))[None, :]
-    corner = x_ptr + tile_row * SIDE * row_stride + tile_col * SIDE
+    corner = x_ptr + cell_row * SIDE * row_stride + cell_col * SIDE
     load_async(elements, corner + (i.to(gl.int64) * row_stride + j))
     async_copy.commit_group()
 
 
 @gluon.jit
-def quantize_tile(
-    elements, tile_row, tile_col, cols, place, seed_ptr, codes_ptr, scales, offsets,
+def quantize_cell(
+    elements, cell_row, cell_col, cols, place, seed, codes_ptr, scales, offsets,
     SPEC: gl.constexpr, CONFIG: gl.constexpr, GPU: gl.constexpr,
 ):  # fmt: skip
-    """Quantise tile (tile_row, tile_col) of a matrix of `cols` columns, whose elements are in shared memory; codes go
-    to memory, scales and offsets to `place` of those of the program."""
+    """Quantise cell (cell_row, cell_col) of a matrix of `cols` columns, whose elements are in shared memory: codes into
+    memory, scales and offsets to `place` among those of the program's cells."""
     x = elements.load(thread_layout(CONFIG.num_warps))
     DTYPE: gl.constexpr = x.dtype
     x, scale, offset = less_offset(x, None, SPEC, GPU)
@@ -118,74 +119,96 @@ def quantize_tile(
     if SPEC.stochastic:
         GROUPS: gl.constexpr = SIDE // 8
         BESIDE: gl.constexpr = layout_of(zeros_beside(x).type)
-        row = tile_row * SIDE + gl.arange(0, SIDE, gl.SliceLayout(1, BESIDE))[:, None]
-        group = tile_col * GROUPS + gl.arange(0, GROUPS, gl.SliceLayout(0, BESIDE))[None, :]
-        random = random_words(gl.load(seed_ptr), row, group, cols // 8, x, True, GPU)
+        row = cell_row * SIDE + gl.arange(0, SIDE, gl.SliceLayout(1, BESIDE))[:, None]
+        group = cell_col * GROUPS + gl.arange(0, GROUPS, gl.SliceLayout(0, BESIDE))[None, :]
+        # always counted by 64 bits: what counts by 32 makes zeros, for which Gluon wants a layout
+        random = random_words(seed, row, group, cols // 8, x, True, GPU)
     words = scaled_words(x, None, scale, random, SPEC, DTYPE, GPU)
 
     WORDS: gl.constexpr = words.shape[1]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WORDS, WORDS // 4], [CONFIG.num_warps, 1], [1, 0])
+    LAYOUT: gl.constexpr = words_layout(WORDS, CONFIG.num_warps)
     i = gl.arange(0, SIDE, gl.SliceLayout(1, LAYOUT))[:, None]
     j = gl.arange(0, WORDS, gl.SliceLayout(0, LAYOUT))[None, :]
     row_words = gl.multiple_of(cols // SIDE * WORDS, WORDS)
-    corner = codes_ptr.cast(gl.pointer_type(gl.int32), bitcast=True) + tile_row * SIDE * row_words + tile_col * WORDS
+    corner = codes_ptr.cast(gl.pointer_type(gl.int32), bitcast=True) + cell_row * SIDE * row_words + cell_col * WORDS
     gl.store(corner + (i.to(gl.int64) * row_words + j), gl.convert_layout(words, LAYOUT))
 
 
 @gluon.jit
 def allocate_blocks(dtype: gl.constexpr, SPEC: gl.constexpr, CONFIG: gl.constexpr):
-    """Shared memory for one value of each block of a program's tiles, tile by tile."""
+    """Shared memory for one value of each block of a program's tile, cell by cell."""
     DOWN: gl.constexpr = SIDE // SPEC.block.rows
     ACROSS: gl.constexpr = SIDE // SPEC.block.cols
-    return gl.allocate_shared_memory(dtype, [CONFIG.tiles, DOWN, ACROSS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    return gl.allocate_shared_memory(dtype, [CONFIG.cells, DOWN, ACROSS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
 @gluon.jit
 def store_blocks(
-    blocks, tile_row, tile_col, cols, ptr,
-    SPEC: gl.constexpr, TILES_DOWN: gl.constexpr, TILES_ACROSS: gl.constexpr, CONFIG: gl.constexpr,
+    blocks, first_row, first_col, cols, ptr,
+    SPEC: gl.constexpr, CELLS_DOWN: gl.constexpr, CELLS_ACROSS: gl.constexpr, CONFIG: gl.constexpr,
 ):  # fmt: skip
-    """Store one value of each block of a program's tiles, of a matrix of `cols` columns."""
-    ROWS: gl.constexpr = TILES_DOWN * SIDE // SPEC.block.rows
-    COLS: gl.constexpr = TILES_ACROSS * SIDE // SPEC.block.cols
+    """Store one value of each block of a program's cells, from cell (first_row, first_col) of a matrix of `cols`
+    columns on."""
+    ROWS: gl.constexpr = CELLS_DOWN * SIDE // SPEC.block.rows
+    COLS: gl.constexpr = CELLS_ACROSS * SIDE // SPEC.block.cols
     TOGETHER: gl.constexpr = min(COLS, 128 // blocks.dtype.primitive_bitwidth)
     LANES: gl.constexpr = min(COLS // TOGETHER, 32)
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, TOGETHER], [32 // LANES, LANES], [CONFIG.num_warps, 1], [1, 0])
     i = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))[:, None]
     j = gl.arange(0, COLS, gl.SliceLayout(0, LAYOUT))[None, :]
     row_blocks = gl.multiple_of(cols // SPEC.block.cols, COLS)
-    corner = ptr + tile_row * (SIDE // SPEC.block.rows) * row_blocks + tile_col * (SIDE // SPEC.block.cols)
-    whole = reinterpret(blocks, blocks.dtype, [ROWS, COLS], blocks_layout(SPEC.block, TILES_DOWN, TILES_ACROSS))
+    corner = ptr + first_row * (SIDE // SPEC.block.rows) * row_blocks + first_col * (SIDE // SPEC.block.cols)
+    whole = reinterpret(blocks, blocks.dtype, [ROWS, COLS], blocks_layout(SPEC.block, CELLS_DOWN, CELLS_ACROSS))
     gl.store(corner + (i.to(gl.int64) * row_blocks + j), whole.load(LAYOUT))
 
 
 @gluon.constexpr_function
 def thread_layout(num_warps):
-    """Of a tile: a thread has 32 neighbours along a row, four threads all of it, a warp eight rows, and then others."""
-    rows = [[8, 0], [16, 0], [32, 0], [64, 0]]
-    warps = num_warps.bit_length() - 1
+    """Of a cell: a thread has 32 neighbours along a row, four threads all of it, a warp eight rows, and then others."""
     along = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]]
     lanes = [[0, 32], [0, 64], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(along + rows[warps:], lanes, rows[:warps], [], [128, 128])
+    warps, others = rows_of_warps(num_warps)
+    return gl.DistributedLinearLayout(along + others, lanes, warps, [], [128, 128])
 
 
 @gluon.constexpr_function
-def shared_layout():
-    """Of a tile of 16-bit elements: by rows, whose pieces of 16 bytes change places, so that eight threads that read or
-    write at a time never meet in a bank. They have eight pieces in succession (as it is loaded); those at columns 0,
-    32, 64 and 96 of two rows (`thread_layout`); or, turned, one piece of two rows in each quarter of the tile."""
+def words_layout(words, num_warps):
+    """Of a cell's codes, `words` a row: a thread has four words at a time, its neighbours those beside them. Warps have
+    the same rows as in `thread_layout`, so that they exchange nothing with each other."""
+    lanes = [[0, word] for word in (4, 8, 16) if word < words]
+    rows = [[1, 0], [2, 0], [4, 0]]
+    left = 5 - len(lanes)
+    warps, others = rows_of_warps(num_warps)
+    return gl.DistributedLinearLayout(
+        [[0, 1], [0, 2]] + rows[left:] + others, lanes + rows[:left], warps, [], [128, words]
+    )
+
+
+@gluon.constexpr_function
+def rows_of_warps(num_warps):
+    """The bits of a cell's row beyond the lowest three: those that number warps, and the others."""
+    rows = [[8, 0], [16, 0], [32, 0], [64, 0]]
+    warps = num_warps.bit_length() - 1
+    return rows[:warps], rows[warps:]
+
+
+@gluon.constexpr_function
+def cell_layout():
+    """Of a cell of 16-bit elements in shared memory: by rows, whose pieces of 16 bytes change places, so that eight
+    threads that read or write at a time never meet in a bank. They have eight pieces in succession (as it is loaded);
+    those at columns 0, 32, 64 and 96 of two rows (`thread_layout`); or, turned, one of two rows in each quarter."""
     columns = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 32], [0, 64 + 16]]
     return gl.SharedLinearLayout([*columns, [1, 8], [2, 0], [4, 0], [8, 0], [16, 0], [32, 16], [64, 32]])
 
 
 @gluon.constexpr_function
-def blocks_layout(block, tiles_down, tiles_across):
-    """What stands tile by tile, as a matrix."""
+def blocks_layout(block, cells_down, cells_across):
+    """What stands cell by cell in shared memory, as a matrix."""
     rows, cols = 128 // block.rows, 128 // block.cols
     bases = [[0, 1 << bit] for bit in range(cols.bit_length() - 1)]
     bases += [[1 << bit, 0] for bit in range(rows.bit_length() - 1)]
-    bases += [[0, cols << bit] for bit in range(tiles_across.bit_length() - 1)]
-    bases += [[rows << bit, 0] for bit in range(tiles_down.bit_length() - 1)]
+    bases += [[0, cols << bit] for bit in range(cells_across.bit_length() - 1)]
+    bases += [[rows << bit, 0] for bit in range(cells_down.bit_length() - 1)]
     return gl.SharedLinearLayout(bases)
 
 
@@ -203,7 +226,7 @@ def quantize_pair_launch(
     row_contiguous = x.stride(1) == 1 or x.stride(0) != 1
     capabilities = capabilities or gpu.device_capabilities(x.device)
 
-    def rule() -> CastConfig | PairConfig:
+    def rule() -> CastConfig:
         return quantize_config(spec, rows, cols, x.element_size(), row_contiguous, pair=True)
 
     if config is None:
@@ -213,6 +236,7 @@ def quantize_pair_launch(
         config = rule()
     if isinstance(config, CastConfig):
         return quantize_launch(x, spec, seed, parts, config, capabilities)
+    assert pair_serves(config, rows, cols, capabilities), (config, x.shape)
     if not row_contiguous:
         x, half = x.T, len(parts) // 2
         parts = parts[half:] + parts[:half]
@@ -234,7 +258,7 @@ def quantize_pair_launch(
 
 
 def pair_serves(config: CastConfig | PairConfig, rows: int, cols: int, capabilities: gpu.Capabilities) -> bool:
-    """Whether a config serves a matrix of `rows` x `cols`: what programs of this kernel work on must fill it."""
+    """Whether a config serves a matrix of `rows` x `cols`: tiles of this kernel must fill it."""
     if isinstance(config, CastConfig):
         return True
     return capabilities.ptx and rows % config.tile_rows == 0 and cols % config.tile_cols == 0

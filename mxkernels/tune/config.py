@@ -38,10 +38,10 @@ class CastConfig:
 @dataclass(frozen=True)
 class PairConfig:
     """How a kernel is launched that quantises both orientations by way of shared memory: a program works on `tile_rows`
-    x `tile_cols`, `SIDE` x `SIDE` at a time.
+    x `tile_cols`, a cell of `SIDE` x `SIDE` at a time.
 
     Attributes:
-        stages: how many of these are in shared memory, all but one of them being loaded.
+        stages: how many cells are in shared memory, all but one of them being loaded.
     """
 
     SIDE: ClassVar[int] = 128
@@ -52,8 +52,8 @@ class PairConfig:
     stages: int
 
     @property
-    def tiles(self) -> int:
-        """Of `SIDE` x `SIDE`, that a program works on."""
+    def cells(self) -> int:
+        """Of a tile."""
         return self.tile_rows * self.tile_cols // self.SIDE**2
 
     def __str__(self) -> str:

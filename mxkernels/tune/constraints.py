@@ -101,10 +101,10 @@ def _pair_obstacle(problem: Problem, config: PairConfig, shared_bytes: int) -> s
     blocks = 2 * config.tile_rows * config.tile_cols // (spec.block.rows * spec.block.cols)
     needed = config.stages * 2 * config.SIDE**2 + blocks * (1 if spec.symmetric else 3)
     return (
-        _not_one_of("num_warps", config.num_warps, (1, 2, 4, 8))
+        _not_one_of("num_warps", config.num_warps, (4, 8))
         or _no_side("tile_rows", config.tile_rows, config.SIDE, 1 << 12)
         or _no_side("tile_cols", config.tile_cols, config.SIDE, 1 << 12)
-        or _not_one_of("stages", config.stages, range(1, config.tiles + 1))
+        or _not_one_of("stages", config.stages, range(1, config.cells + 1))
         or (f"its stages take {needed} bytes; allowed: {shared_bytes}" if needed > shared_bytes else None)
     )
 

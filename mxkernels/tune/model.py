@@ -47,11 +47,11 @@ def _cast_us(
     programs = ceil_div(rows, config.tile_rows) * ceil_div(cols, config.tile_cols)
     elements = config.tile_rows * config.tile_cols // threads(config)
     under_way = work.read_bytes / programs
-    if isinstance(config, PairConfig):  # a loop over tiles
-        tile_elements = elements // config.tiles
-        footprint = footprint or Footprint(0, min(64 + tile_elements, 255), config.stages * 2 * config.SIDE**2)
-        instructions = (footprint.instructions or 60 + 14 * tile_elements) * config.tiles
-        under_way *= config.stages / config.tiles
+    if isinstance(config, PairConfig):
+        cell = elements // config.cells
+        footprint = footprint or Footprint(0, min(64 + cell, 255), config.stages * 2 * config.SIDE**2)
+        instructions = footprint.instructions or (60 + 14 * cell) * config.cells
+        under_way *= config.stages / config.cells
     else:
         footprint = footprint or Footprint(0, min(32 + elements, 255), 0)
         each = 20 if problem.op == "quantize_pair" else 12

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -156,7 +156,7 @@ def survivors(
 
 def _best(task: Task, footprints: dict[Config, Footprint | None], limits: Limits, most: int | None) -> list[Config]:
     """The configs that the model predicts to be the fastest, with what serves at present and the middle. Of those that
-    it takes for alike the ones nearer to the middle come first."""
+    it takes for alike, one of each kernel comes in turn, the nearer to the middle the earlier."""
     middle = task.candidates[0]
     times = {
         config: predicted_us(task.problem, task.work, config, limits, footprint)
@@ -168,7 +168,13 @@ def _best(task: Task, footprints: dict[Config, Footprint | None], limits: Limits
         slower = (times[config] / least - 1) / _ALIKE
         return config not in _kept_always(task), int(slower), steps(config, middle)
 
-    return sorted(footprints, key=rank)[:most]
+    turns: Counter[tuple[bool, int, type]] = Counter()
+    places: dict[Config, tuple[bool, int, int]] = {}
+    for config in sorted(footprints, key=rank):
+        others, slower, _ = rank(config)
+        places[config] = (others, slower, turns[others, slower, type(config)])
+        turns[others, slower, type(config)] += 1
+    return sorted(places, key=lambda config: places[config])[:most]
 
 
 def _kept_always(task: Task) -> tuple[Config, Config]:
