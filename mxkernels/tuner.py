@@ -250,15 +250,15 @@ def make_compiler(limits: Limits) -> Handler:
     def compile_config(problem: Problem, config: Config) -> Footprint:
         launches = workload(problem, META, limits).launches(config)
         compiled, *_ = [compile_launch(launch, limits.architecture) for launch in launches]
-        loops = problem.op not in COUNTED or (isinstance(config, PairConfig) and config.cells > 1)
-        counted = not loops and "ptx" in compiled.texts
+        loops = isinstance(config, PairConfig) and config.cells > 1
+        counted = problem.op in COUNTED and not loops and "ptx" in compiled.texts
         instructions = compiled.instructions if counted else 0
         return Footprint(compiled.spilled_bytes, compiled.registers, compiled.shared_bytes, instructions)
 
     return compile_config
 
 
-# Kernels without loops, but that over the cells of pairs, whose instructions are what they execute.
+# Kernels without loops (but for that over a pair's cells), whose instructions are what they execute.
 COUNTED = ("quantize", "quantize_pair", "dequantize", "fold", "quantize_fold")
 
 

@@ -170,7 +170,7 @@ def outcome(case: Case, architecture: str, count: bool) -> Outcome:
 
 
 def per_element(launch: Launch, compiled: Compiled) -> float:
-    """Machine instructions of a thread over its elements; kernels have no loops, but that over the tiles of pairs."""
+    """Machine instructions of a thread over its elements; kernels have no loops, but that over the cells of pairs."""
     config = launch.arguments["CONFIG"]
     tile = config.SIDE**2 if isinstance(config, PairConfig) else config.tile_rows * config.tile_cols
     elements = tile / (32 * launch.options["num_warps"])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .config import Config
 from .contest import measure
@@ -164,17 +165,15 @@ def _best(task: Task, footprints: dict[Config, Footprint | None], limits: Limits
     }
     least = min(times.values(), default=0.0)
 
-    def rank(config: Config) -> tuple[bool, int, float]:
-        slower = (times[config] / least - 1) / _ALIKE
-        return config not in _kept_always(task), int(slower), steps(config, middle)
+    def alike(config: Config) -> tuple[bool, int]:
+        return config not in _kept_always(task), int((times[config] / least - 1) / _ALIKE)
 
-    turns: Counter[tuple[bool, int, type]] = Counter()
-    places: dict[Config, tuple[bool, int, int]] = {}
-    for config in sorted(footprints, key=rank):
-        others, slower, _ = rank(config)
-        places[config] = (others, slower, turns[others, slower, type(config)])
-        turns[others, slower, type(config)] += 1
-    return sorted(places, key=lambda config: places[config])[:most]
+    turns: Counter[tuple[Any, ...]] = Counter()
+    places = {}
+    for config in sorted(footprints, key=lambda config: steps(config, middle)):
+        turns[alike(config), type(config)] += 1
+        places[config] = (alike(config), turns[alike(config), type(config)])
+    return sorted(places, key=places.__getitem__)[:most]
 
 
 def _kept_always(task: Task) -> tuple[Config, Config]:

@@ -15,7 +15,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-# What the process runs. An interrupt is its parent's affair, which then ends it: blocked until it ignores them.
+# What the process runs. Interrupts are its parent's affair, which then ends it: they are blocked, then ignored.
 _CODE = """import signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 from mxkernels.tune.worker_process import main
