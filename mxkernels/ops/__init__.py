@@ -338,14 +338,17 @@ def _quantize_pair_cpu(x: torch.Tensor, text: str, seed: torch.Tensor | None) ->
 
 def _quantize_cuda(x: torch.Tensor, text: str, seed: torch.Tensor | None, pair: bool = False) -> list[torch.Tensor]:
     def run(plan: Plan, inputs: Tensors) -> list[torch.Tensor]:
-        from .quantize_kernel import quantize_launch
-        from .quantize_pair_kernel import quantize_pair_launch
-
         _check_matrix(x)
         spec = MXSpec.parse(text)
         parts = _quantized(plan.buffer, x.shape, spec, pair)
-        launch = quantize_pair_launch if pair else quantize_launch
-        plan.launch(launch(inputs[0], spec, inputs[1], parts))
+        if pair:
+            from .quantize_pair_kernel import quantize_pair_launch
+
+            plan.launch(quantize_pair_launch(inputs[0], spec, inputs[1], parts))
+        else:
+            from .quantize_kernel import quantize_launch
+
+            plan.launch(quantize_launch(inputs[0], spec, inputs[1], parts))
         return parts
 
     def prepare() -> Tensors:

@@ -130,7 +130,8 @@ def encode_words(x, factor, keep, random, SPEC: tl.constexpr, GPU: tl.constexpr)
 
 @triton.jit
 def laid_out(x, like):
-    """`x`, which is with the threads that have `like`; in Gluon, where the same layout has several names, by its."""
+    """`x`, whose threads are those of `like`. In Gluon one layout may have several names, which are no operands of one
+    operation: `x` takes that of `like`. In plain Triton layouts come later, and `x` is what it was."""
     LAYOUT: tl.constexpr = layout_of(like.type)
     if LAYOUT is None:
         return x

@@ -186,7 +186,7 @@ def quantize_tile(
     else:
         exists = block_inside(tile_row, tile_col, rows, cols, BLOCK, TILE_ROWS, TILE_COLS)
     DTYPE: tl.constexpr = x.dtype
-    x, scale, offset = less_offset(x, inside, SPEC, GPU)
+    scale, offset, x = block_scale(x, inside, SPEC, GPU)
     if not SPEC.symmetric:
         tl.store(offset_ptr + block, offset.to(tl.float16), mask=exists)
     tl.store(scale_ptr + block, scale.to(tl.uint8), mask=exists)
@@ -203,12 +203,12 @@ def quantize_tile(
 
 
 @triton.jit
-def less_offset(x, inside, SPEC: tl.constexpr, GPU: tl.constexpr):
-    """`x`, of which `inside` says which elements exist, or is None where all do; the scale byte of each block; and its
-    offset, 0 if symmetric, else fp32, which is subtracted from the returned `x`, fp32 too then."""
+def block_scale(x, inside, SPEC: tl.constexpr, GPU: tl.constexpr):
+    """The scale byte of each block of `x`; its offset; and `x` less that. Offset and difference are fp32; of symmetric
+    specs they are 0, and `x` as it was. `inside` says which elements exist, or is None where all do."""
     BLOCK: tl.constexpr = SPEC.block
     if SPEC.symmetric:
-        return x, scale_byte(block_magnitude(x, BLOCK, GPU), SPEC), 0.0
+        return scale_byte(block_magnitude(x, BLOCK, GPU), SPEC), 0.0, x
     else:
         largest, least = block_range(x, inside, BLOCK, GPU)
         finite = (tl.abs(largest) < float("inf")) & (tl.abs(least) < float("inf"))
@@ -217,7 +217,7 @@ def less_offset(x, inside, SPEC: tl.constexpr, GPU: tl.constexpr):
         # x - offset rounds monotonically, so its largest magnitude is at an end of the range
         amax = bits_of(tl.maximum(tl.abs(largest - offset), tl.abs(least - offset)))
         amax = tl.where(finite, amax, INFINITY)
-        return x, scale_byte(amax, SPEC), offset
+        return scale_byte(amax, SPEC), offset, x
 
 
 @triton.jit

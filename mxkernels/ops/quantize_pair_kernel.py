@@ -22,7 +22,7 @@ from .launch import Launch
 from .primitives import random_words, zeros_beside
 from .quantize_kernel import (
     TENSORS,
-    less_offset,
+    block_scale,
     loads_pieces,
     quantize_launch,
     quantize_tensors,
@@ -111,7 +111,7 @@ def quantize_cell(
     memory, scales and offsets to `place` among those of the program's cells."""
     x = elements.load(thread_layout(CONFIG.num_warps))
     DTYPE: gl.constexpr = x.dtype
-    x, scale, offset = less_offset(x, None, SPEC, GPU)
+    scale, offset, x = block_scale(x, None, SPEC, GPU)
     scales.index(place).store(scale.to(gl.uint8))
     if not SPEC.symmetric:
         offsets.index(place).store(offset.to(gl.float16))
