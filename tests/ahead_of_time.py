@@ -28,7 +28,7 @@ from mxkernels.ops.launch import Launch
 from mxkernels.ops.quantize_kernel import quantize_launch
 from mxkernels.ops.quantize_pair_kernel import quantize_pair_launch
 from mxkernels.spec import MXSpec
-from mxkernels.tune import PairConfig
+from mxkernels.tune import CastConfig, PairConfig
 from mxkernels.tune.aot import Compiled, compile_launch
 
 RECORD = Path(__file__).with_name("instructions.json")
@@ -56,7 +56,7 @@ INSTRUCTIONS = (
 @dataclass(frozen=True)
 class Case:
     """A launch on a large matrix: its columns fill tiles (16384), cut them (16416), or give packed rows that are not
-    whole words (16381). The config is the library's own; or that of a pair by way of shared memory, where there is PTX.
+    whole words (16381). The config is the library's own, but for some pairs.
     """
 
     op: str
@@ -64,7 +64,7 @@ class Case:
     dtype: torch.dtype = BF16
     cols: int = 16384
     transposed: bool = False
-    config: PairConfig | None = None
+    config: CastConfig | PairConfig | None = None
 
     @property
     def name(self) -> str:
@@ -85,8 +85,7 @@ class Case:
         seed = torch.empty(1, dtype=torch.int64, device=META) if spec.stochastic else None
         if self.op == "quantize_pair":
             parts += empty_parts(*matrix.T.shape, spec)
-            config = self.config if capabilities.ptx else None
-            return quantize_pair_launch(matrix, spec, seed, parts, config, capabilities)
+            return quantize_pair_launch(matrix, spec, seed, parts, self.config, capabilities)
         return quantize_launch(matrix, spec, seed, parts, capabilities=capabilities)
 
 
@@ -123,9 +122,9 @@ CASES = (
     Case("quantize", "e2m1 1x32 rtne even symmetric", transposed=True),
     Case("quantize_pair", "e2m1 1x32 rtne even symmetric"),
     Case("quantize_pair", "int8 4x4 rtne even asymmetric", cols=16381),
-    Case("quantize_pair", "e2m1 1x32 rtne even symmetric", config=PairConfig(128, 128, 4, 1)),
-    Case("quantize_pair", "e4m3 1x32 rtne even symmetric", transposed=True, config=PairConfig(128, 128, 8, 1)),
-    Case("quantize_pair", "int4 4x4 stochastic ceil symmetric", FP16, config=PairConfig(128, 256, 8, 2)),
+    Case("quantize_pair", "e4m3 1x32 rtne even symmetric", transposed=True),
+    Case("quantize_pair", "int4 1x16 stochastic ceil symmetric", FP16),
+    Case("quantize_pair", "e2m1 1x32 rtne even symmetric", config=CastConfig(128, 64, 4, square=True, wide=True)),
     Case("quantize", "e2m1 1x32 rtne even asymmetric", cols=16416),
     Case("quantize", "e2m3 4x4 rtne even symmetric", cols=16381),
     # decoding: every width, offsets, every output

@@ -121,13 +121,41 @@ def test_it_is_for_pairs_alone() -> None:
 
 
 @pytest.mark.parametrize("shape", [(16384, 16384), (4096, 4096)])
+@pytest.mark.parametrize("block", ["1x32", "4x4", "16x16"])
 @pytest.mark.parametrize("name", ["e2m1", "e4m3", "e5m2", "int8"])
-def test_both_kernels_are_searched(name: str, shape: tuple[int, int]) -> None:
+def test_both_kernels_are_searched(name: str, block: str, shape: tuple[int, int]) -> None:
     limits = Limits("sm_90")
-    searched = task(Problem("quantize_pair", f"{name} 1x32 rtne even symmetric", "bfloat16", "rows", shape), limits)
-    for breadth in BREADTHS:
-        found = shortlist(searched, limits, breadth.compiled)
-        assert {type(config) for config in found} == {CastConfig, PairConfig}
+    searched = task(Problem("quantize_pair", f"{name} {block} rtne even symmetric", "bfloat16", "rows", shape), limits)
+    assert {type(config) for config in shortlist(searched, limits, BREADTHS[-1].compiled)} == {CastConfig, PairConfig}
+
+
+@pytest.mark.parametrize(
+    ("formats", "x", "capabilities", "config"),
+    [
+        ("e2m1 1x32 rtne even symmetric", empty(256, 384), H100, PairConfig(128, 128, 4, 1)),
+        ("e4m3 1x16 rtne even asymmetric", empty(384, 256).T, H100, PairConfig(128, 128, 8, 1)),
+        ("int8 1x128 stochastic even symmetric", empty(128, 128, torch.float16), H100, PairConfig(128, 128, 8, 1)),
+        ("e2m1 4x4 rtne even symmetric", empty(256, 384), H100, None),
+        ("e2m1 32x1 rtne even symmetric", empty(256, 384), H100, None),
+        ("e2m3 1x32 rtne even symmetric", empty(256, 384), H100, None),
+        ("e2m1 1x32 rtne even symmetric", empty(256, 384, torch.float32), H100, None),
+        ("e2m1 1x32 rtne even symmetric", empty(256, 416), H100, None),
+        ("e2m1 1x32 rtne even symmetric", empty(224, 384), H100, None),
+        ("e2m1 1x32 rtne even symmetric", empty(256, 384), gpu.capabilities("gfx950"), None),
+        ("e2m1 1x32 rtne even symmetric", empty(256, 400)[:, :384], H100, PairConfig(128, 128, 4, 1)),
+        ("e2m1 1x32 rtne even symmetric", empty(256, 396)[:, :384], H100, None),
+    ],
+    ids=["rows", "columns", "random", "squares", "columns of blocks", "6 bits", "fp32", "cut columns", "cut rows",
+         "no PTX", "rows apart", "rows out of alignment"],
+)  # fmt: skip
+def test_the_rule(formats: str, x: torch.Tensor, capabilities: gpu.Capabilities, config: PairConfig | None) -> None:
+    """Blocks are rows, tiles fill the matrix, memory is read 16 bytes at a time; None: by the other kernel."""
+    spec = MXSpec.parse(formats)
+    parts = empty_parts(*x.shape, spec) + empty_parts(*x.T.shape, spec)
+    seed = torch.empty(1, dtype=torch.int64, device=META) if spec.stochastic else None
+    found = quantize_pair_launch(x, spec, seed, parts, None, capabilities)
+    assert found.kernel.__name__ == ("quantize_pair_kernel" if config else "quantize_kernel")
+    assert not config or found.scalars["CONFIG"] == config
 
 
 # --- threads and banks ---------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from ..tune import CastConfig
+from ..tune.aot import settle_key
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Launch:
         """Launch on `device`, whichever is current. No programs, no launch."""
         compiled = None
         if self.programs:
+            settle_key(self.kernel)
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 # Fusing a multiplication with an addition drops a rounding, so it is off wherever bits matter.
                 compiled = self.kernel[(self.programs,)](**self.arguments, **self.options, enable_fp_fusion=False)

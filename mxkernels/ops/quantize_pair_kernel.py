@@ -16,9 +16,10 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from .. import gpu
 from ..spec import MXSpec
-from ..tune import CastConfig, PairConfig, Problem, find_config, quantize_config
+from ..tune import CastConfig, PairConfig, Problem, find_config, quantize_config, quantize_pair_config
 from .elements import layout_of
 from .launch import Launch
+from .matmul_kernel import grouped_tile
 from .primitives import random_words, zeros_beside
 from .quantize_kernel import (
     TENSORS,
@@ -50,9 +51,11 @@ def quantize_pair_kernel(
     DOWN: gl.constexpr = CONFIG.tile_rows // SIDE
     ACROSS: gl.constexpr = CONFIG.tile_cols // SIDE
     STAGES: gl.constexpr = CONFIG.stages
-    tiles_across = cols // CONFIG.tile_cols
-    first_row = (gl.program_id(0) // tiles_across).to(gl.int64) * DOWN
-    first_col = (gl.program_id(0) % tiles_across).to(gl.int64) * ACROSS
+    tile_row, tile_col = grouped_tile(
+        gl.program_id(0), rows // CONFIG.tile_rows, cols // CONFIG.tile_cols, CONFIG.group_rows
+    )
+    first_row = tile_row.to(gl.int64) * DOWN
+    first_col = tile_col.to(gl.int64) * ACROSS
     cells = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [STAGES, SIDE, SIDE], cell_layout())
     scales = allocate_blocks(gl.uint8, SPEC, CONFIG)
     turned_scales = allocate_blocks(gl.uint8, SPEC, CONFIG)
@@ -159,7 +162,8 @@ def store_blocks(
     row_blocks = gl.multiple_of(cols // SPEC.block.cols, COLS)
     corner = ptr + first_row * (SIDE // SPEC.block.rows) * row_blocks + first_col * (SIDE // SPEC.block.cols)
     whole = reinterpret(blocks, blocks.dtype, [ROWS, COLS], blocks_layout(SPEC.block, CELLS_DOWN, CELLS_ACROSS))
-    gl.store(corner + (i.to(gl.int64) * row_blocks + j), whole.load(LAYOUT))
+    # A few bytes of a row: the L2 cache keeps them until the programs beside this one have filled the sector.
+    gl.store(corner + (i.to(gl.int64) * row_blocks + j), whole.load(LAYOUT), eviction_policy="evict_last")
 
 
 @gluon.constexpr_function
@@ -226,14 +230,15 @@ def quantize_pair_launch(
     row_contiguous = x.stride(1) == 1 or x.stride(0) != 1
     capabilities = capabilities or gpu.device_capabilities(x.device)
 
-    def rule() -> CastConfig:
-        return quantize_config(spec, rows, cols, x.element_size(), row_contiguous, pair=True)
-
     if config is None:
-        problem = Problem.of("quantize_pair", spec, x.dtype, "rows" if row_contiguous else "columns", rows, cols)
-        config = find_config(problem, x.device, rule, lambda found: pair_serves(found, rows, cols, capabilities)).config
+        config = find_config(
+            Problem.of("quantize_pair", spec, x.dtype, "rows" if row_contiguous else "columns", rows, cols),
+            x.device,
+            lambda: quantize_pair_config(spec, rows, cols, x.element_size(), row_contiguous, capabilities.ptx),
+            lambda found: pair_serves(found, rows, cols, capabilities),
+        ).config
     if isinstance(config, PairConfig) and not loads_pieces(x):
-        config = rule()
+        config = quantize_config(spec, rows, cols, x.element_size(), row_contiguous, pair=True)
     if isinstance(config, CastConfig):
         return quantize_launch(x, spec, seed, parts, config, capabilities)
     assert pair_serves(config, rows, cols, capabilities), (config, x.shape)

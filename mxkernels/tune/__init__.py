@@ -17,6 +17,7 @@ from .rule import (
     hopper_tile_config,
     quantize_config,
     quantize_fold_config,
+    quantize_pair_config,
     small_matmul_config,
     wide_matmul_config,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "pinned",
     "quantize_config",
     "quantize_fold_config",
+    "quantize_pair_config",
     "recording",
     "remove",
     "serving",

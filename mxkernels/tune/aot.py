@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime.jit import JITCallable
 
 _NAMES = {
     torch.bfloat16: "bf16",
@@ -99,6 +100,7 @@ def compile_launch(launch: Any, architecture: str) -> Compiled:
 
     Its tensors may be on the meta device, those of descriptors too: only dtypes, strides and alignment matter.
     """
+    settle_key(launch.kernel)
     signature, constants = {}, {}
     attributes: dict[tuple[int], list[Any]] = {}
     for index, parameter in enumerate(launch.kernel.params):
@@ -123,6 +125,20 @@ def compile_launch(launch: Any, architecture: str) -> Compiled:
     options = {**launch.options, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=target(architecture), options=options)
     return Compiled(architecture, compiled.asm, compiled.metadata.shared)
+
+
+def settle_key(kernel: Any) -> None:
+    """Have Triton hash what a kernel calls before the kernel itself. Until 3.9, a hash depended on which functions had
+    been hashed before, so one process did not find in the cache on disk what another had compiled."""
+    if not isinstance(kernel, JITCallable) or id(kernel) in _SETTLED:
+        return
+    _SETTLED.add(id(kernel))
+    for name in kernel.fn.__code__.co_names:
+        settle_key(kernel.fn.__globals__.get(name))
+    kernel.cache_key  # noqa: B018  computes it
+
+
+_SETTLED: set[int] = set()  # kernels, which live as long as their modules
 
 
 def _divisibility(value: int) -> list[Any]:

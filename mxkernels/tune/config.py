@@ -56,6 +56,12 @@ class PairConfig:
         """Of a tile."""
         return self.tile_rows * self.tile_cols // self.SIDE**2
 
+    @property
+    def group_rows(self) -> int:
+        """So many tiles one below the other belong to programs that follow each other, before the next column: as many
+        as have the scales that fill a sector of memory, of blocks of 32."""
+        return max(32 * 32 // self.tile_rows, 1)
+
     def __str__(self) -> str:
         return f"tiles {self.tile_rows}x{self.tile_cols} by shared memory, {self.num_warps} warps, {self.stages} stages"
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from ..spec import MXSpec
-from .config import CastConfig, HopperConfig, MatmulConfig, SmallMatmulConfig
+from .config import CastConfig, HopperConfig, MatmulConfig, PairConfig, SmallMatmulConfig
 from .limits import Limits
 
 FEW_ROWS = 256  # of a product: too few for the tiles that large ones take
@@ -32,10 +32,10 @@ def quantize_config(
     are written."""
     block, bits = spec.block, spec.element.bits
     light = spec.symmetric and not spec.stochastic  # else what a thread holds besides elements leaves fewer registers
-    if (pair or not row_contiguous) and not light:
-        config = CastConfig(64, 64, 4, square=True, wide=True)
-    elif pair:
+    if pair and (light or (spec.symmetric and bits == 4)):
         config = CastConfig(128, 64, 4, square=True, wide=True)
+    elif pair or not (light or row_contiguous):
+        config = CastConfig(64, 64, 4, square=True, wide=True)
     elif not row_contiguous:
         along = block.rows == 1 and bits == 4
         config = CastConfig(128, 128, 4, wide=True, run=4) if along else CastConfig(128, 128, 8, square=True, wide=True)
@@ -63,6 +63,19 @@ def quantize_config(
         least_cols = max(least_cols, _SHORTEST_RUN)
     fitting = _fit(config, least_rows, least_cols, rows, cols)
     return fitting if fitting.fills_runs(bytes_per_element) else replace(fitting, run=1)
+
+
+def quantize_pair_config(
+    spec: MXSpec, rows: int, cols: int, bytes_per_element: int, row_contiguous: bool, ptx: bool
+) -> CastConfig | PairConfig:
+    """For both orientations of a matrix of `rows` x `cols`; `ptx`: the GPU has it. By way of shared memory where blocks
+    are rows, since there a thread has all of one in either orientation; squares that a thread holds are as good."""
+    block, bits, side = spec.block, spec.element.bits, PairConfig.SIDE
+    is_served = ptx and bytes_per_element == 2 and bits != 6 and rows % side == cols % side == 0
+    if is_served and block.rows == 1 and block.cols >= 16:
+        heavy = spec.stochastic or (bits == 8 and not spec.symmetric)
+        return PairConfig(side, side, 8 if heavy else 4, 1)
+    return quantize_config(spec, rows, cols, bytes_per_element, row_contiguous, pair=True)
 
 
 def dequantize_config(spec: MXSpec, rows: int, cols: int) -> CastConfig:

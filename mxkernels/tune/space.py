@@ -17,7 +17,7 @@ from .problem import Problem
 from .rule import ceil_div, hopper_tile_config, power_of_two_above
 
 _HOPPER_TILES = ((64, 1), (64, 2), (128, 1), (128, 2), (256, 1))  # columns of a piece, pieces
-_PAIR_TILES = ((128, 128), (128, 256), (256, 256), (256, 512), (512, 512))
+_PAIR_TILES = ((128, 128), (128, 256), (256, 128), (256, 256), (128, 512), (512, 128), (256, 512))
 _GROUPS = (4, 8, 16, 32)  # rows of tiles that go together
 
 
@@ -49,7 +49,6 @@ def steps(config: Config, other: Config) -> float:
 def _casts(problem: Problem, rule: Config) -> Iterator[Config]:
     """Tiles of 16 to 128 elements a thread: long where blocks and memory run along the rows, else nearer to square. Of
     them a thread has what one load gives it, a square, or a run along a row."""
-    assert isinstance(rule, CastConfig)
     block = MXSpec.parse(problem.formats).block
     along = block.rows <= 4 and problem.op != "quantize_pair" and problem.layout in _ALONG
     simple, square, run = (False, True, 1), (True, True, 1), (False, True, 4)  # square, wide, run
@@ -77,10 +76,10 @@ _ALONG = ("rows", "straight")
 
 
 def _pairs(problem: Problem, rule: Config) -> Iterator[Config]:
-    """As casts do it, and by way of shared memory."""
+    """As casts do it, and by way of shared memory: there with all of a tile's cells under way at first, or three."""
     yield from _casts(problem, rule)
-    for (tile_rows, tile_cols), num_warps, stages in product(_PAIR_TILES, (4, 8), (1, 2, 3)):
-        yield PairConfig(tile_rows, tile_cols, num_warps, stages)
+    for (tile_rows, tile_cols), num_warps in product(_PAIR_TILES, (4, 8)):
+        yield PairConfig(tile_rows, tile_cols, num_warps, min(tile_rows * tile_cols // PairConfig.SIDE**2, 3))
 
 
 def _bands(problem: Problem, rule: Config) -> Iterator[Config]:

@@ -13,7 +13,15 @@ from ..ops.launch import Launch
 from ..ops.quantize_kernel import quantize_launch
 from ..ops.quantize_pair_kernel import quantize_pair_launch
 from ..spec import MXSpec
-from ..tune import Config, Problem, dequantize_config, fold_config, quantize_config, quantize_fold_config
+from ..tune import (
+    Config,
+    Problem,
+    dequantize_config,
+    fold_config,
+    quantize_config,
+    quantize_fold_config,
+    quantize_pair_config,
+)
 from ..tune.limits import Limits
 from ..tune.model import Work
 from .workload import POISON, Draw, Workload, total_bytes, with_offset
@@ -57,7 +65,10 @@ class Quantize(Cast):
     def rule(problem: Problem, limits: Limits) -> Config:
         spec, item_bytes = MXSpec.parse(problem.formats), getattr(torch, problem.dtype).itemsize
         rows, cols = problem.shape
-        return quantize_config(spec, rows, cols, item_bytes, problem.layout == "rows", _is_pair(problem))
+        straight = problem.layout == "rows"
+        if _is_pair(problem):
+            return quantize_pair_config(spec, rows, cols, item_bytes, straight, limits.capabilities.ptx)
+        return quantize_config(spec, rows, cols, item_bytes, straight, pair=False)
 
     def prepare(self) -> None:
         rows, cols = self.problem.shape
