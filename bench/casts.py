@@ -61,6 +61,7 @@ def casts() -> list[Case]:
         *(case for dtype in (torch.float16, torch.float32) for case in quantize(*few, dtype=dtype)),
         *(case for dtype in (torch.float16, torch.float32) for case in dequantize(*few, dtype=dtype)),
         *quantize(*few, *stochastic, shape=(4096, 4096)),
+        *(Case("quantize_pair", spec, (4096, 4096)) for spec in few),
         *dequantize(*few, shape=(4096, 4096)),
     ]
 
