@@ -56,7 +56,7 @@ INSTRUCTIONS = (
 @dataclass(frozen=True)
 class Case:
     """A launch on a large matrix: its columns fill tiles (16384), cut them (16416), or give packed rows that are not
-    whole words (16381). The config is the library's own, but for some pairs.
+    whole words (16381). The config is the library's own, but for some pairs, which have another where there is PTX.
     """
 
     op: str
@@ -85,7 +85,8 @@ class Case:
         seed = torch.empty(1, dtype=torch.int64, device=META) if spec.stochastic else None
         if self.op == "quantize_pair":
             parts += empty_parts(*matrix.T.shape, spec)
-            return quantize_pair_launch(matrix, spec, seed, parts, self.config, capabilities)
+            config = self.config if capabilities.ptx else None
+            return quantize_pair_launch(matrix, spec, seed, parts, config, capabilities)
         return quantize_launch(matrix, spec, seed, parts, capabilities=capabilities)
 
 
@@ -123,7 +124,11 @@ CASES = (
     Case("quantize_pair", "e2m1 1x32 rtne even symmetric"),
     Case("quantize_pair", "int8 4x4 rtne even asymmetric", cols=16381),
     Case("quantize_pair", "e4m3 1x32 rtne even symmetric", transposed=True),
+    Case("quantize_pair", "e4m3 1x32 rtne even asymmetric"),
     Case("quantize_pair", "int4 1x16 stochastic ceil symmetric", FP16),
+    Case("quantize_pair", "e2m1 4x4 stochastic even symmetric"),
+    Case("quantize_pair", "e2m1 1x32 rtne even symmetric", config=PairConfig(128, 256, 8, 2)),
+    Case("quantize_pair", "e4m3 4x4 rtne even symmetric", config=PairConfig(128, 128, 4, 1)),
     Case("quantize_pair", "e2m1 1x32 rtne even symmetric", config=CastConfig(128, 64, 4, square=True, wide=True)),
     Case("quantize", "e2m1 1x32 rtne even asymmetric", cols=16416),
     Case("quantize", "e2m3 4x4 rtne even symmetric", cols=16381),

@@ -4,6 +4,7 @@ has the instructions that it is there for, and grows no longer unnoticed."""
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ pytest.importorskip("triton", reason="kernels need Triton")
 import torch
 import triton
 from ahead_of_time import CASES, RECORD, RECORDED_ON, Case
-from tritons import FETCHED, compiled, run_with
+from tritons import FETCHED, ROOT, compiled, run_with
 
 from mxkernels import gpu
 from mxkernels.spec import MXSpec
@@ -42,7 +43,7 @@ def expected_instructions(case: Case, architecture: str) -> set[str]:
     spec = MXSpec.parse(case.spec)
     element = spec.element
     expected = set()
-    if case.op == "quantize_pair" and spec.block.rows == 1 and case.config is None:
+    if case.launch(architecture).kernel.__name__ == "quantize_pair_kernel":
         expected |= {"cp.async.cg.shared.global", TURNED_LOAD}
     if case.op == "dequantize":
         if able.cvt_fp8 and element.special != "none":
@@ -100,27 +101,42 @@ def test_the_installed_triton_and_the_number_of_instructions() -> None:
     assert not grown, f"instructions an element, before and now: {grown}; if they earn it: {REGENERATE}"
 
 
-# Prints Triton's key of each kernel, computed in the order given.
+# Prints Triton's key of every kernel, each as `compile_launch` or `Launch.run` finds it, in the order given.
 KEYS = """
 import importlib, json, sys
-from mxkernels.tune.aot import settle_key
+import torch
+from mxkernels.ops.launch import Launch
+from mxkernels.tune import aot
 
-keys = {}
-for name in sys.argv[1:]:
-    kernel = getattr(importlib.import_module(f"mxkernels.ops.{name}"), name)
-    settle_key(kernel)
-    keys[name] = kernel.cache_key
+keys, way, names = {}, sys.argv[1], sys.argv[2:]
+for module, name in (each.split(".") for each in names):
+    kernel = getattr(importlib.import_module(f"mxkernels.ops.{module}"), name)
+    type(kernel).__getitem__ = lambda self, programs: lambda **given: None  # launches nothing
+    try:
+        launch = Launch(kernel, 1, {}, {}, {})
+        launch.run(torch.device("cpu")) if way == "run" else aot.compile_launch(launch, "sm_90")
+    except KeyError:  # of arguments, which there are none of
+        pass
+    keys[f"{module}.{name}"] = kernel.cache_key
 print(json.dumps(keys))
 """
-KERNELS = (
-    "quantize_kernel", "quantize_pair_kernel", "dequantize_kernel", "fold_kernel", "matmul_kernel",
-    "matmul_hopper_kernel", "matmul_small_kernel", "matmul_wide_kernel",
-)  # fmt: skip
 
 
+def kernels() -> list[str]:
+    """`module.name` of every kernel."""
+    found = [
+        f"{path.stem}.{name}"
+        for path in sorted((ROOT / "mxkernels" / "ops").glob("*_kernel.py"))
+        for name in re.findall(r"@(?:triton|gluon)\.jit\ndef (\w+_kernel)\(", path.read_text("utf-8"))
+    ]
+    assert len(found) > 10
+    return found
+
+
+@pytest.mark.parametrize("way", ["compile", "run"])
 @pytest.mark.parametrize("version", [*FETCHED, "installed"])
-def test_what_one_process_compiled_another_finds(version: str) -> None:
+def test_what_one_process_compiled_another_finds(version: str, way: str) -> None:
     """Triton's keys on disk are the same, in whatever order kernels are met."""
-    first, second = (run_with(version, "-c", KEYS, *order) for order in (KERNELS, KERNELS[::-1]))
+    first, second = (run_with(version, "-c", KEYS, way, *order) for order in (kernels(), kernels()[::-1]))
     assert first.returncode == second.returncode == 0, first.stderr[-3000:] + second.stderr[-3000:]
     assert json.loads(first.stdout) == json.loads(second.stdout)

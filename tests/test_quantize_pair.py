@@ -123,16 +123,18 @@ def test_it_is_for_pairs_alone() -> None:
 @pytest.mark.parametrize("shape", [(16384, 16384), (4096, 4096)])
 @pytest.mark.parametrize("name", ["e2m1", "e4m3", "e5m2", "int8"])
 def test_the_kernels_that_are_searched(name: str, shape: tuple[int, int]) -> None:
-    """Both for rows; for squares, which take fewer instructions in registers, the other first of all."""
+    """Both, from the narrowest search on; most are of the one that takes fewer instructions."""
     rows, squares = (shortlisted(f"{name} {block} rtne even symmetric", shape) for block in ("1x32", "16x16"))
-    assert {CastConfig, PairConfig} == set(rows)
-    assert squares.count(CastConfig) > squares.count(PairConfig)
+    by_registers = [config for config in rows if isinstance(config, CastConfig)]
+    assert by_registers[0].square  # as the rule has it there
+    assert len(by_registers) < len(rows) / 2
+    assert 1 <= [type(config) for config in squares].count(PairConfig) < len(squares) / 2
 
 
-def shortlisted(formats: str, shape: tuple[int, int]) -> list[type[tune.Config]]:
+def shortlisted(formats: str, shape: tuple[int, int]) -> list[tune.Config]:
     limits = Limits("sm_90")
     searched = task(Problem("quantize_pair", formats, "bfloat16", "rows", shape), limits)
-    return [type(config) for config in shortlist(searched, limits, BREADTHS[-1].compiled)]
+    return shortlist(searched, limits, BREADTHS[0].compiled)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +145,7 @@ def shortlisted(formats: str, shape: tuple[int, int]) -> list[type[tune.Config]]
         ("int8 1x128 stochastic even symmetric", empty(128, 128, torch.float16), H100, PairConfig(128, 128, 8, 1)),
         ("e2m1 4x4 rtne even symmetric", empty(256, 384), H100, None),
         ("e2m1 32x1 rtne even symmetric", empty(256, 384), H100, None),
+        ("e2m1 1x8 rtne even symmetric", empty(256, 384), H100, None),
         ("e2m3 1x32 rtne even symmetric", empty(256, 384), H100, None),
         ("e2m1 1x32 rtne even symmetric", empty(256, 384, torch.float32), H100, None),
         ("e2m1 1x32 rtne even symmetric", empty(256, 416), H100, None),
@@ -151,8 +154,8 @@ def shortlisted(formats: str, shape: tuple[int, int]) -> list[type[tune.Config]]
         ("e2m1 1x32 rtne even symmetric", empty(256, 400)[:, :384], H100, PairConfig(128, 128, 4, 1)),
         ("e2m1 1x32 rtne even symmetric", empty(256, 396)[:, :384], H100, None),
     ],
-    ids=["rows", "columns", "random", "squares", "columns of blocks", "6 bits", "fp32", "cut columns", "cut rows",
-         "no PTX", "rows apart", "rows out of alignment"],
+    ids=["rows", "columns", "random", "squares", "columns of blocks", "short rows", "6 bits", "fp32", "cut columns",
+         "cut rows", "no PTX", "rows apart", "rows out of alignment"],
 )  # fmt: skip
 def test_the_rule(formats: str, x: torch.Tensor, capabilities: gpu.Capabilities, config: PairConfig | None) -> None:
     """Blocks are rows, tiles fill the matrix, memory is read 16 bytes at a time; None: by the other kernel."""

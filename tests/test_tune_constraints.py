@@ -19,7 +19,7 @@ from mxkernels.tune.constraints import stream_bytes
 from mxkernels.tune.limits import Limits
 
 BLOCKS = ("1x2", "2x1", "1x16", "1x32", "1x128", "32x1", "128x1", "4x4", "16x16", "128x128")
-MATRICES = ((1, 1), (3, 5), (100, 7), (7, 4096), (4096, 33), (16384, 16384), (1, 100000))
+MATRICES = ((1, 1), (3, 5), (100, 7), (7, 4096), (4096, 33), (256, 384), (16384, 16384), (1, 100000))
 
 
 def assert_serves(problem: tune.Problem, config: tune.Config) -> None:
@@ -34,8 +34,15 @@ def test_casts(name: str, block: str) -> None:
         spec = MXSpec(name, block, rounding, "even", symmetric)
         for dtype, contiguous, pair in itertools.product((torch.bfloat16, torch.float32), (True, False), (True, False)):
             op, layout = "quantize_pair" if pair else "quantize", "rows" if contiguous else "columns"
-            config = tune.quantize_config(spec, rows, cols, dtype.itemsize, contiguous, pair)
-            assert_serves(tune.Problem.of(op, spec, dtype, layout, rows, cols), config)
+            problem = tune.Problem.of(op, spec, dtype, layout, rows, cols)
+            assert_serves(problem, tune.quantize_config(spec, rows, cols, dtype.itemsize, contiguous, pair))
+            if pair:
+                for ptx in (True, False):
+                    config = tune.quantize_pair_config(spec, rows, cols, dtype.itemsize, contiguous, ptx)
+                    assert_serves(problem, config)
+                    if isinstance(config, tune.PairConfig):
+                        assert ptx
+                        assert rows % config.tile_rows == cols % config.tile_cols == 0
         problem = tune.Problem.of("dequantize", spec, torch.bfloat16, "rows", rows, cols)
         assert_serves(problem, tune.dequantize_config(spec, rows, cols))
         for layout in ("straight", "turned"):

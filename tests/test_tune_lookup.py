@@ -461,7 +461,7 @@ ALL = set(tune.OPS)
         ("ops/quantize_pair_kernel.py", {"quantize_pair"}),
         ("ops/dequantize_kernel.py", {"dequantize"}),
         ("ops/fold_kernel.py", {"fold", "quantize_fold"}),
-        ("ops/matmul_kernel.py", {"quantize_pair", "multiply", "stream", "decode_multiply", "native"}),
+        ("ops/matmul_kernel.py", {"multiply", "stream", "decode_multiply", "native"}),
         ("ops/matmul_hopper_kernel.py", {"multiply"}),
         ("ops/matmul_small_kernel.py", {"stream"}),
         ("ops/matmul_wide_kernel.py", {"decode_multiply"}),

@@ -28,6 +28,12 @@ def meet(place: Path, rank: int) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
 
 
+def part() -> None:
+    """After both have received all: who leaves first takes the connection away."""
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
 def main(rank: int, stamp: tune.Stamp, folder: Path) -> None:
     warnings.simplefilter("ignore")
     become = tuned.install(pytest.MonkeyPatch(), folder / str(rank))
@@ -42,22 +48,22 @@ def main(rank: int, stamp: tune.Stamp, folder: Path) -> None:
         tune.share()
     except RuntimeError as error:
         print(f"shared: {error}")
-        distributed.destroy_process_group()
+        part()
         return
     say("shared")
     tune.store({tuned.PROBLEM.key: tuned.entry(tuned.cast(3))}, stamp)
     say("stored")
     tune.share()
     say("again")
-    distributed.destroy_process_group()
+    part()
     say("parted")
     meet(folder / "again", rank)
     say("joined anew")
     tune.share()
-    distributed.destroy_process_group()
+    part()
     meet(folder / "at once", rank)
     say("joined at once")
-    distributed.destroy_process_group()
+    part()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from ..tune import CastConfig
-from ..tune.aot import settle_key
+from ..tune.kernel_key import settle_key
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..tune import HopperConfig, hopper_config
 from .launch import Launch
-from .matmul_kernel import ADDEND_TILE, grouped_tile
+from .matmul_kernel import ADDEND_TILE
 from .primitives import ceil_div
+from .tiles import grouped_tile
 
 # Triton 3.9 knows only these names, 3.7 only the others.
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared

@@ -11,6 +11,7 @@ from .. import gpu
 from ..tune import MatmulConfig
 from .launch import Launch
 from .primitives import ceil_div, from_fp32, scale_value, to_fp32
+from .tiles import grouped_tile
 
 ADDEND_TILE = tl.constexpr(256)  # a multiple of every config's tile, so that an addend is loaded without a mask
 
@@ -63,15 +64,6 @@ def load_carrier(desc, row, k, TURNED: tl.constexpr):
         return desc.load([k, row]).T
     else:
         return desc.load([row, k])
-
-
-@triton.jit
-def grouped_tile(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Which tile of the output a program works on: down a column of GROUP_M tiles, then the next column."""
-    group = program // (GROUP_M * tiles_n)
-    height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-    within = program % (GROUP_M * tiles_n)
-    return group * GROUP_M + within % height, within // height
 
 
 @triton.jit

@@ -13,9 +13,10 @@ from .. import gpu
 from ..formats import ElementFormat
 from ..tune import MatmulConfig, Problem, find_config
 from .launch import Launch
-from .matmul_kernel import grouped_tile, store_product
+from .matmul_kernel import store_product
 from .native_operand import NativeOperand, torch_dtype
 from .primitives import ceil_div
+from .tiles import grouped_tile
 
 
 @triton.jit

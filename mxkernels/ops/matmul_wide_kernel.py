@@ -13,7 +13,7 @@ from ..folded import Outside
 from ..spec import Block, MXSpec
 from ..tune import MatmulConfig
 from .launch import Launch, Layout
-from .matmul_kernel import grouped_tile, store_product
+from .matmul_kernel import store_product
 from .primitives import (
     INFINITY,
     MAGNITUDE,
@@ -27,7 +27,7 @@ from .primitives import (
     to_fp32,
     value_of,
 )
-from .tiles import load_words
+from .tiles import grouped_tile, load_words
 
 # That look for flagged tiles: some for each multiprocessor, and few to start in vain. A prime, or rows that are flagged
 # at equal distances would all be the same programs'.

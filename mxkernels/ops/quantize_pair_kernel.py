@@ -19,7 +19,6 @@ from ..spec import MXSpec
 from ..tune import CastConfig, PairConfig, Problem, find_config, quantize_config, quantize_pair_config
 from .elements import layout_of
 from .launch import Launch
-from .matmul_kernel import grouped_tile
 from .primitives import random_words, zeros_beside
 from .quantize_kernel import (
     TENSORS,
@@ -29,6 +28,7 @@ from .quantize_kernel import (
     quantize_tensors,
     scaled_words,
 )
+from .tiles import grouped_tile
 
 # Triton 3.9 knows these names, 3.6 and 3.7 only the others.
 load_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -47,7 +47,7 @@ def quantize_pair_kernel(
 ):  # fmt: skip
     """Quantise a matrix of contiguous rows, which tiles fill, and its transpose. A program works on a tile's cells, one
     after the other, while the next ones are loaded. It keeps scales and offsets to the end, since a few bytes of a row
-    take as long to write as 32."""
+    take as long to write as 32; programs whose scales fill 32 bytes together follow each other."""
     DOWN: gl.constexpr = CONFIG.tile_rows // SIDE
     ACROSS: gl.constexpr = CONFIG.tile_cols // SIDE
     STAGES: gl.constexpr = CONFIG.stages

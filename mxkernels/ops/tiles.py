@@ -1,4 +1,5 @@
-"""Tiles of a packed matrix between memory and registers: its words, and one value a block.
+"""Tiles: which one a program works on; and those of a packed matrix between memory and registers, its words and one
+value a block.
 
 Tile (tile_row, tile_col) of a matrix of `rows` x `cols` has ROWS x COLS elements, whole blocks and whole words.
 """
@@ -7,6 +8,15 @@ import triton
 import triton.language as tl
 
 from .primitives import ceil_div
+
+
+@triton.jit
+def grouped_tile(program, tiles_down, tiles_across, GROUP: tl.constexpr):
+    """The row and column of the tile that a program works on: down a column of GROUP tiles, then the next column."""
+    group = program // (GROUP * tiles_across)
+    height = tl.minimum(tiles_down - group * GROUP, GROUP)
+    within = program % (GROUP * tiles_across)
+    return group * GROUP + within % height, within // height
 
 
 @triton.jit

@@ -16,7 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
-from triton.runtime.jit import JITCallable
+
+from .kernel_key import settle_key
 
 _NAMES = {
     torch.bfloat16: "bf16",
@@ -125,20 +126,6 @@ def compile_launch(launch: Any, architecture: str) -> Compiled:
     options = {**launch.options, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=target(architecture), options=options)
     return Compiled(architecture, compiled.asm, compiled.metadata.shared)
-
-
-def settle_key(kernel: Any) -> None:
-    """Have Triton hash what a kernel calls before the kernel itself. Until 3.9, a hash depended on which functions had
-    been hashed before, so one process did not find in the cache on disk what another had compiled."""
-    if not isinstance(kernel, JITCallable) or id(kernel) in _SETTLED:
-        return
-    _SETTLED.add(id(kernel))
-    for name in kernel.fn.__code__.co_names:
-        settle_key(kernel.fn.__globals__.get(name))
-    kernel.cache_key  # noqa: B018  computes it
-
-
-_SETTLED: set[int] = set()  # kernels, which live as long as their modules
 
 
 def _divisibility(value: int) -> list[Any]:

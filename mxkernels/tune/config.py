@@ -58,8 +58,8 @@ class PairConfig:
 
     @property
     def group_rows(self) -> int:
-        """So many tiles one below the other belong to programs that follow each other, before the next column: as many
-        as have the scales that fill a sector of memory, of blocks of 32."""
+        """Of tiles, that programs work on one below the other before the next column: of blocks of 32, their scales
+        fill a sector, 32 bytes, of the transpose's."""
         return max(32 * 32 // self.tile_rows, 1)
 
     def __str__(self) -> str:

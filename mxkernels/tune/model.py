@@ -48,15 +48,16 @@ def _cast_us(
     programs = ceil_div(rows, config.tile_rows) * ceil_div(cols, config.tile_cols)
     elements = config.tile_rows * config.tile_cols // threads(config)
     under_way = work.read_bytes / programs
-    rows_of_blocks = MXSpec.parse(problem.formats).block.rows == 1
+    blocks_are_rows = MXSpec.parse(problem.formats).block.rows == 1
     if isinstance(config, PairConfig):
         cell = elements // config.cells
         footprint = footprint or Footprint(0, min(64 + cell, 255), config.stages * 2 * config.SIDE**2)
-        instructions = footprint.instructions or (60 + (14 if rows_of_blocks else 25) * cell) * config.cells
+        instructions = footprint.instructions or (60 + (14 if blocks_are_rows else 25) * cell) * config.cells
         under_way *= config.stages / config.cells
     else:
         footprint = footprint or Footprint(0, min(32 + elements, 255), 0)
-        each = 12 if problem.op != "quantize_pair" else 20 if rows_of_blocks else 17
+        both = 20 if blocks_are_rows else 17
+        each = both if problem.op == "quantize_pair" else 12
         instructions = footprint.instructions or 60 + each * elements
     together = resident(config, limits, footprint)
     issue_us = programs * config.num_warps * instructions * _ISSUE / (4 * limits.processors * limits.ghz) / 1e3

@@ -32,7 +32,8 @@ def quantize_config(
     are written."""
     block, bits = spec.block, spec.element.bits
     light = spec.symmetric and not spec.stochastic  # else what a thread holds besides elements leaves fewer registers
-    if pair and (light or (spec.symmetric and bits == 4)):
+    few_bits = bits == 4 and not spec.element.twos_complement
+    if pair and spec.symmetric and (few_bits or not spec.stochastic):
         config = CastConfig(128, 64, 4, square=True, wide=True)
     elif pair or not (light or row_contiguous):
         config = CastConfig(64, 64, 4, square=True, wide=True)
@@ -69,7 +70,7 @@ def quantize_pair_config(
     spec: MXSpec, rows: int, cols: int, bytes_per_element: int, row_contiguous: bool, ptx: bool
 ) -> CastConfig | PairConfig:
     """For both orientations of a matrix of `rows` x `cols`; `ptx`: the GPU has it. By way of shared memory where blocks
-    are rows, since there a thread has all of one in either orientation; squares that a thread holds are as good."""
+    are rows, since there a thread has all of one in either orientation; squares cost less in registers."""
     block, bits, side = spec.block, spec.element.bits, PairConfig.SIDE
     is_served = ptx and bytes_per_element == 2 and bits != 6 and rows % side == cols % side == 0
     if is_served and block.rows == 1 and block.cols >= 16:

@@ -156,8 +156,9 @@ def survivors(
 
 
 def _best(task: Task, footprints: dict[Config, Footprint | None], limits: Limits, most: int | None) -> list[Config]:
-    """The configs that the model predicts to be the fastest, with what serves at present and the middle. Of those that
-    it takes for alike, one of each kernel comes in turn, the nearer to the middle the earlier."""
+    """The configs that the model predicts to be the fastest, after what serves at present, the middle, and the first of
+    every kernel, since the model may be wrong about one. Of those that it takes for alike, one of each kernel comes in
+    turn, the nearer to the middle the earlier."""
     middle = task.candidates[0]
     times = {
         config: predicted_us(task.problem, task.work, config, limits, footprint)
@@ -173,7 +174,9 @@ def _best(task: Task, footprints: dict[Config, Footprint | None], limits: Limits
     for config in sorted(footprints, key=lambda config: steps(config, middle)):
         turns[alike(config), type(config)] += 1
         places[config] = (alike(config), turns[alike(config), type(config)])
-    return sorted(places, key=places.__getitem__)[:most]
+    ranked = sorted(places, key=places.__getitem__)
+    first = {type(config): config for config in reversed(ranked)}.values()
+    return sorted(ranked, key=lambda config: not (config in _kept_always(task) or config in first))[:most]
 
 
 def _kept_always(task: Task) -> tuple[Config, Config]:

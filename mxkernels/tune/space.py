@@ -14,7 +14,7 @@ from .config import CastConfig, Config, HopperConfig, MatmulConfig, PairConfig, 
 from .constraints import obstacle
 from .limits import Limits
 from .problem import Problem
-from .rule import ceil_div, hopper_tile_config, power_of_two_above
+from .rule import ceil_div, hopper_tile_config, power_of_two_above, quantize_config
 
 _HOPPER_TILES = ((64, 1), (64, 2), (128, 1), (128, 2), (256, 1))  # columns of a piece, pieces
 _PAIR_TILES = ((128, 128), (128, 256), (256, 128), (256, 256), (128, 512), (512, 128), (256, 512))
@@ -24,7 +24,8 @@ _GROUPS = (4, 8, 16, 32)  # rows of tiles that go together
 def candidates(
     problem: Problem, rule: Config, limits: Limits, serves: Callable[[Config], bool] = lambda config: True
 ) -> list[Config]:
-    """Every config worth trying, the rule's first, then the nearer to it the earlier.
+    """Every config worth trying, the rule's first, then the nearer to it the earlier. Those of another kernel come
+    last: of pairs by registers, the nearer the earlier to what the rule would have there.
 
     Args:
         serves: whether a config serves, where more than the problem and the config decides that.
@@ -33,7 +34,20 @@ def candidates(
     for config in _GRIDS[problem.op](problem, rule):
         if config not in found and serves(config) and obstacle(problem, config, limits.shared_bytes) is None:
             found.add(config)
-    return sorted(found, key=lambda config: (steps(config, rule), str(config)))
+    middles: dict[type[Config], Config] = {type(rule): rule}
+    if problem.op == "quantize_pair":
+        middles.setdefault(CastConfig, _pair_by_registers(problem))
+
+    def place(config: Config) -> tuple[float, float, str]:
+        return steps(config, rule), steps(config, middles.get(type(config), rule)), str(config)
+
+    return sorted(found, key=place)
+
+
+def _pair_by_registers(problem: Problem) -> CastConfig:
+    spec, (rows, cols) = MXSpec.parse(problem.formats), problem.shape
+    item_bytes = getattr(torch, problem.dtype).itemsize
+    return quantize_config(spec, rows, cols, item_bytes, problem.layout == "rows", pair=True)
 
 
 def steps(config: Config, other: Config) -> float:

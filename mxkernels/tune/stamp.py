@@ -17,7 +17,7 @@ _PACKAGE = Path(__file__).parents[1]
 _SHARED = ("formats.py", "ops/primitives.py", "ops/tiles.py")
 _MODULES: dict[str, tuple[str, ...]] = {
     "quantize": ("quantize_kernel", "elements"),
-    "quantize_pair": ("quantize_pair_kernel", "quantize_kernel", "elements", "matmul_kernel"),
+    "quantize_pair": ("quantize_pair_kernel", "quantize_kernel", "elements"),
     "dequantize": ("dequantize_kernel",),
     "fold": ("fold_kernel", "quantize_kernel", "elements"),
     "quantize_fold": ("fold_kernel", "quantize_kernel", "elements"),
