@@ -58,8 +58,8 @@ class PairConfig:
 
     @property
     def group_rows(self) -> int:
-        """Of tiles, that programs work on one below the other before the next column: of blocks of 32, their scales
-        fill a sector, 32 bytes, of the transpose's."""
+        """How many tiles, one below the other, programs work on before the next column: as many as fill sectors, of 32
+        bytes, of the transpose's scales, if blocks have 32 columns."""
         return max(32 * 32 // self.tile_rows, 1)
 
     def __str__(self) -> str:
