@@ -305,7 +305,7 @@ def test_what_meets_no_problem(h200: Path) -> None:
 def test_one_of_many_has_to_join_them_first(h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(RuntimeError, match=r"WORLD_SIZE says .* allowed: after torch\.distributed\.init_process_group"):
-        autotune(QUANTIZE, budget=3600)
+        autotune(QUANTIZE)
 
 
 def test_a_table_that_cannot_be_written_is_refused_before_the_measuring(
@@ -321,7 +321,7 @@ def test_without_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(ValueError, match="torch sees no GPU"):
-        autotune(QUANTIZE, budget=3600)
+        autotune(QUANTIZE)
 
 
 @pytest.mark.interpreter
