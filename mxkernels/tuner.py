@@ -39,7 +39,7 @@ from .tune.worker import Handler
 
 T = TypeVar("T")
 
-_CEILING_S = 0.1  # that each limit is measured
+_CEILING_S = 0.03  # that each limit is measured
 
 
 def autotune(

@@ -50,6 +50,7 @@ INSTRUCTIONS = (
     "max.NaN.xorsign.abs.bf16x2",
     "cp.async.cg.shared.global",
     "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
+    "evict_last",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="kernels need Triton")
 
 import torch
+import torch.distributed as dist
 
 import mxkernels as mx
 from mxkernels import tune
@@ -92,3 +94,44 @@ def test_what_is_compiled_ahead_is_found(cache: Path, monkeypatch: pytest.Monkey
     (result,) = tune_problems([problem], CUDA, budget=60, breadths=[Breadth(6, 6)])
     assert (result.compiled, result.faults) == (6, ())
     assert len(list(compiled.glob("*/quantize_kernel.cubin"))) == 6
+
+
+# --- two GPUs ----------------------------------------------------------------------------------------------
+
+
+def tune_as_rank(rank: int, folder: Path) -> None:
+    """Ranks that meet different problems, with a cache each: all are tuned, and all use what the first one found."""
+    os.environ["MXKERNELS_CACHE"] = str(folder / str(rank))
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    try:
+        torch.manual_seed(1)
+        x = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16)
+
+        def step() -> list[torch.Tensor]:
+            q = mx.quantize(x, mx.mxfp4)
+            return [q.codes, q.scale, mx.matmul(q, mx.quantize(x, mx.mxfp6_e2m3).T)]
+
+        before = step()
+        results = mx.autotune(step if rank == 0 else lambda: [*step(), mx.quantize(x, mx.mxint8)], budget=3)
+        with tune.recording() as met:
+            after = step()
+            mx.quantize(x, mx.mxint8)
+        mine = {problem.key: choice for problem, choice in met.items()}
+        assert mine.keys() == {result.problem.key for result in results}
+        assert {choice.origin for choice in mine.values()} == {"cache"}
+        theirs: list[dict[str, object]] = [{}, {}]
+        dist.all_gather_object(theirs, {key: choice.config for key, choice in mine.items()})
+        assert theirs[0] == theirs[1]
+        first = [each.clone() for each in after]
+        for each in first:
+            dist.broadcast(each, 0)
+        assert all(map(torch.equal, first, after))
+        assert all(map(torch.equal, before[:2], after[:2]))  # a product's bits may depend on its config
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_ranks_that_share_what_they_tuned(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(tune_as_rank, (tmp_path,), 2)

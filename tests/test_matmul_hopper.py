@@ -172,7 +172,7 @@ def test_a_recorded_launch_moves_to_other_buffers() -> None:
         out = torch.empty((m, n), dtype=FP16, device=CUDA)
         inputs = [a, b, *references, out]
         if plan is None:
-            plan = Plan(CUDA, inputs)
+            plan = Plan(a.device, inputs)
             plan.launch(hopper_matmul_launch(a, b, k, references, (1, 1), None, out))
             plan.finish([])
         else:

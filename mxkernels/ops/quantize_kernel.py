@@ -189,7 +189,9 @@ def quantize_tile(
     scale, offset, x = block_scale(x, inside, SPEC, GPU)
     if not SPEC.symmetric:
         tl.store(offset_ptr + block, offset.to(tl.float16), mask=exists)
-    tl.store(scale_ptr + block, scale.to(tl.uint8), mask=exists)
+    # of a sector of 32 bytes, other tiles may have the rest: it had better wait for them in the cache
+    KEEP: tl.constexpr = "evict_last" if TILE_COLS // BLOCK.cols < 32 else ""
+    tl.store(scale_ptr + block, scale.to(tl.uint8), mask=exists, eviction_policy=KEEP)
 
     random = 0
     if SPEC.stochastic:
