@@ -90,7 +90,7 @@ def _native(sides: list[Operand], m: int, n: int, k: int, capabilities: Capabili
 def _fold_problems(spec: MXSpec, rows: int, cols: int, dtype: torch.dtype, capabilities: Capabilities) -> list[Problem]:
     """Of codes without their offsets, and of a plain matrix where one kernel quantises and folds it."""
     found = [Problem.of("fold", replace(spec, symmetric=True), _carrier(spec, capabilities), "straight", rows, cols)]
-    if spec.symmetric and quantize_fold_config(spec, cols) is not None:
+    if spec.symmetric and quantize_fold_config(spec, cols, dtype.itemsize) is not None:
         found.append(Problem.of("quantize_fold", spec, dtype, "rows", rows, cols))
     return found
 

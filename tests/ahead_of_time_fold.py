@@ -59,7 +59,7 @@ def quantize_fold(text: str, cols: int, dtype: torch.dtype, capabilities: gpu.Ca
         empty(ROWS, cols, dtype=carrier(spec, capabilities)),
         empty(*spec.scale_shape(ROWS, cols)),
     )
-    config = quantize_fold_config(spec, cols)
+    config = quantize_fold_config(spec, cols, dtype.itemsize)
     parts = (*outputs, flags(spec, ROWS, cols), config, capabilities)
     return f"quantize_fold {text} {cols}", quantize_fold_launch(
         empty(ROWS, cols, dtype=dtype), spec, seed, window(spec.element), *parts
@@ -89,7 +89,9 @@ def launches(capabilities: gpu.Capabilities) -> Iterator[tuple[str, Launch]]:
     yield quantize_fold("e2m1 1x32 stochastic even symmetric", 6144, torch.bfloat16, capabilities)
     yield quantize_fold("e2m1 1x32 stochastic even symmetric", 14336, torch.float32, capabilities)
     yield quantize_fold("int4 4x4 rtne ceil symmetric", 14336, torch.bfloat16, capabilities)
-    if capabilities.fp8_mma:
+    if capabilities.fp8_mma:  # without which products fold nothing
+        yield quantize_fold("e2m1 128x128 stochastic even symmetric", 14336, torch.bfloat16, capabilities)
+        yield quantize_fold("e2m1 32x32 rtne even symmetric", 14336, torch.float32, capabilities)
         yield redo(False, capabilities)
         yield redo(True, capabilities)
 

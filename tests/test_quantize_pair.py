@@ -141,7 +141,9 @@ def shortlisted(formats: str, shape: tuple[int, int]) -> list[tune.Config]:
     ("formats", "x", "capabilities", "config"),
     [
         ("e2m1 1x32 rtne even symmetric", empty(256, 384), H100, PairConfig(128, 128, 4, 1)),
-        ("e4m3 1x16 rtne even asymmetric", empty(384, 256).T, H100, PairConfig(128, 128, 8, 1)),
+        ("e4m3 1x16 rtne even asymmetric", empty(384, 256).T, H100, PairConfig(128, 128, 4, 1)),
+        ("e4m3 1x16 rtne even asymmetric", empty(384, 256), gpu.capabilities("sm_80"), PairConfig(128, 128, 8, 1)),
+        ("int8 1x32 rtne even asymmetric", empty(256, 384), gpu.capabilities("sm_80"), PairConfig(128, 128, 4, 1)),
         ("int8 1x128 stochastic even symmetric", empty(128, 128, torch.float16), H100, PairConfig(128, 128, 8, 1)),
         ("e2m1 4x4 rtne even symmetric", empty(256, 384), H100, None),
         ("e2m1 32x1 rtne even symmetric", empty(256, 384), H100, None),
@@ -154,8 +156,8 @@ def shortlisted(formats: str, shape: tuple[int, int]) -> list[tune.Config]:
         ("e2m1 1x32 rtne even symmetric", empty(256, 400)[:, :384], H100, PairConfig(128, 128, 4, 1)),
         ("e2m1 1x32 rtne even symmetric", empty(256, 396)[:, :384], H100, None),
     ],
-    ids=["rows", "columns", "random", "squares", "columns of blocks", "short rows", "6 bits", "fp32", "cut columns",
-         "cut rows", "no PTX", "rows apart", "rows out of alignment"],
+    ids=["rows", "columns", "no FP8", "nor needed", "random", "squares", "columns of blocks", "short rows", "6 bits",
+         "fp32", "cut columns", "cut rows", "no PTX", "rows apart", "rows out of alignment"],
 )  # fmt: skip
 def test_the_rule(formats: str, x: torch.Tensor, capabilities: gpu.Capabilities, config: PairConfig | None) -> None:
     """Blocks are rows, tiles fill the matrix, memory is read 16 bytes at a time; None: by the other kernel."""

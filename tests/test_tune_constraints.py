@@ -7,12 +7,11 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
 
-from mxkernels import tune
+from mxkernels import gpu, tune
 from mxkernels.formats import FORMATS
 from mxkernels.spec import MXSpec
 from mxkernels.tune.constraints import stream_bytes
@@ -37,20 +36,22 @@ def test_casts(name: str, block: str) -> None:
             problem = tune.Problem.of(op, spec, dtype, layout, rows, cols)
             assert_serves(problem, tune.quantize_config(spec, rows, cols, dtype.itemsize, contiguous, pair))
             if pair:
-                for ptx in (True, False):
-                    config = tune.quantize_pair_config(spec, rows, cols, dtype.itemsize, contiguous, ptx)
+                for architecture in ("sm_80", "sm_90", "gfx950"):
+                    able = gpu.capabilities(architecture)
+                    config = tune.quantize_pair_config(spec, rows, cols, dtype.itemsize, contiguous, able)
                     assert_serves(problem, config)
                     if isinstance(config, tune.PairConfig):
-                        assert ptx
+                        assert able.ptx
                         assert rows % config.tile_rows == cols % config.tile_cols == 0
         problem = tune.Problem.of("dequantize", spec, torch.bfloat16, "rows", rows, cols)
         assert_serves(problem, tune.dequantize_config(spec, rows, cols))
         for layout in ("straight", "turned"):
             problem = tune.Problem.of("fold", spec, torch.float8_e5m2, layout, rows, cols)
             assert_serves(problem, tune.fold_config(spec, rows, cols, layout == "turned"))
-        config = tune.quantize_fold_config(spec, cols)
-        if config is not None:
-            assert_serves(replace(problem, op="quantize_fold", layout="rows"), config)
+        for dtype in (torch.bfloat16, torch.float32):
+            config = tune.quantize_fold_config(spec, cols, dtype.itemsize)
+            if config is not None:
+                assert_serves(tune.Problem.of("quantize_fold", spec, dtype, "rows", rows, cols), config)
 
 
 PRODUCTS = list(

@@ -39,6 +39,14 @@ def quantize_fold(spec: str, dtype: str, rows: int, cols: int) -> Problem:
     return Problem("quantize_fold", SPEC.format(spec), dtype, "rows", (rows, cols))
 
 
+def quantize(spec: str, side: int) -> Problem:
+    return Problem("quantize", SPEC.format(spec), "bfloat16", "rows", (side, side))
+
+
+def fold(spec: str, side: int) -> Problem:
+    return Problem("fold", SPEC.format(spec), "float8_e4m3fn", "straight", (side, side))
+
+
 def products_of(carriers: tuple[str, ...]) -> list[Problem]:
     plain = f"plain * packed straight {SPEC.format('e2m1 1x32')}"
     found = []
@@ -70,7 +78,15 @@ FOUND = (
     (quantize_fold("e2m1 1x32", "bfloat16", 64, 14336), CastConfig(1, 16384, 8, wide=True)),
     (quantize_fold("e2m1 1x32", "bfloat16", 4096, 11008), CastConfig(1, 16384, 8, wide=True)),
     (quantize_fold("e2m1 4x4", "float32", 1024, 8192), CastConfig(4, 8192, 16, wide=True)),
-    (quantize_fold("e2m1 16x16", "bfloat16", 1024, 8192), CastConfig(16, 1024, 16, wide=True)),
+    (quantize_fold("e2m1 16x16", "bfloat16", 1024, 8192), CastConfig(16, 1024, 4, wide=True)),
+    (quantize_fold("e2m1 16x16", "float32", 1024, 8192), CastConfig(16, 1024, 8, wide=True)),
+    (quantize("e2m1 16x16", 4096), CastConfig(32, 256, 4, square=True, wide=True)),
+    (quantize("e2m1 128x128", 4096), CastConfig(128, 128, 8, square=True, wide=True)),
+    (quantize("e2m1 64x64", 4096), CastConfig(64, 128, 4, square=True, wide=True)),
+    (quantize("e2m1 32x1", 4096), CastConfig(32, 128, 2, square=True, wide=True)),
+    (quantize_fold("e2m1 128x128", "bfloat16", 4096, 4096), CastConfig(128, 256, 8, wide=True)),
+    (quantize_fold("e2m1 128x128", "float32", 4096, 4096), CastConfig(128, 128, 8, wide=True)),
+    (fold("e2m3 1x32", 4096), CastConfig(4, 512, 2, wide=True)),
 )
 
 
@@ -112,7 +128,7 @@ def test_stages_are_given_up_before_tiles() -> None:
 def test_tiles_that_are_folded_are_whole_blocks() -> None:
     for block, cols in itertools.product(("1x32", "4x4", "64x64", "128x128", "128x4", "4x128"), SIDES):
         spec = MXSpec("e2m1", block)
-        config = quantize_fold_config(spec, cols)
+        config = quantize_fold_config(spec, cols, 4)
         assert config is not None
         assert obstacle(Problem.of("quantize_fold", spec, torch.float32, "rows", 1024, cols), config) is None
 

@@ -185,7 +185,7 @@ def plan_quantize_fold(plan: Plan, x: torch.Tensor, spec: MXSpec, seed: torch.Te
     (rows, k), found, after = x.shape, window(spec.element), folded_spec(spec)
     assert found is not None
     assert after is not None
-    rule = quantize_fold_config(spec, k) if x.stride(1) == 1 else None
+    rule = quantize_fold_config(spec, k, x.element_size()) if x.stride(1) == 1 else None
     blocks = after.scale_shape(rows, k)
     if rule is None:
         folded = Operand(make_folded(plan, after, rows, k), rows, after, folded=True)

@@ -234,7 +234,7 @@ def quantize_pair_launch(
         config = find_config(
             Problem.of("quantize_pair", spec, x.dtype, "rows" if row_contiguous else "columns", rows, cols),
             x.device,
-            lambda: quantize_pair_config(spec, rows, cols, x.element_size(), row_contiguous, capabilities.ptx),
+            lambda: quantize_pair_config(spec, rows, cols, x.element_size(), row_contiguous, capabilities),
             lambda found: pair_serves(found, rows, cols, capabilities),
         ).config
     if isinstance(config, PairConfig) and not loads_pieces(x):

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from ..gpu import Capabilities
 from ..spec import MXSpec
 from .config import CastConfig, HopperConfig, MatmulConfig, PairConfig, SmallMatmulConfig
 from .limits import Limits
@@ -21,6 +22,7 @@ _MANY_COLUMNS = 6144  # of a product of few rows: enough for wider tiles to occu
 _BARRIER_BYTES = 1024  # of shared memory, at most
 _SHORTEST_BLOCK_K = 32  # of tensor cores' instructions
 _LARGEST_FOLDED_TILE = 32768  # elements that are quantised and folded by one program
+_TALL_TILE_BYTES, _TALL_WARP_BYTES = 65536, 8192  # that such a program, and each of its warps, reads of tall blocks
 _SMALLEST_SIDE = 16  # whole 32-bit words of packed codes, whole groups of random bits
 _SHORTEST_RUN = 32
 
@@ -40,10 +42,11 @@ def quantize_config(
     elif not row_contiguous:
         along = block.rows == 1 and bits == 4
         config = CastConfig(128, 128, 4, wide=True, run=4) if along else CastConfig(128, 128, 8, square=True, wide=True)
-    elif min(block.rows, block.cols) >= 32:
-        config = CastConfig(32, 256, 2 if light else 4, wide=True)
+    elif min(block.rows, block.cols) >= 64:
+        config = CastConfig(64, 128, 4, square=True, wide=True)
     elif block.rows >= 16:
-        config = CastConfig(32, 128 if light else 64, 1, square=True, wide=True)
+        tile_cols, num_warps = (256, 4) if block.cols >= 16 else (128, 2)
+        config = CastConfig(32, tile_cols, num_warps, square=True, wide=True)
     elif bits == 6:
         config = CastConfig(4, 512, 1, wide=True, run=4)
     elif bits == 8 and spec.element.name != "int8" and bytes_per_element == 2:
@@ -53,7 +56,7 @@ def quantize_config(
     else:
         config = CastConfig(1, 4096, 2 if spec.stochastic else 4, wide=True, run=4)
     elements = config.tile_rows * config.tile_cols // (32 * config.num_warps)  # a thread
-    if bytes_per_element == 4 and elements >= 64 and (block.rows >= 16 or not light):
+    if bytes_per_element == 4 and elements >= 64 and not light:
         config = replace(config, num_warps=2 * config.num_warps)  # registers hold half as many
     least_rows, least_cols = block.rows, block.cols
     if pair:
@@ -67,21 +70,24 @@ def quantize_config(
 
 
 def quantize_pair_config(
-    spec: MXSpec, rows: int, cols: int, bytes_per_element: int, row_contiguous: bool, ptx: bool
+    spec: MXSpec, rows: int, cols: int, bytes_per_element: int, row_contiguous: bool, capabilities: Capabilities
 ) -> CastConfig | PairConfig:
-    """For both orientations of a matrix of `rows` x `cols`; `ptx`: the GPU has it. By way of shared memory where blocks
-    are rows, since there a thread has all of one in either orientation; squares cost less in registers."""
+    """For both orientations of a matrix of `rows` x `cols`. By way of shared memory where blocks are rows, since there
+    a thread has all of one in either orientation; squares cost less in registers."""
     block, bits, side = spec.block, spec.element.bits, PairConfig.SIDE
-    is_served = ptx and bytes_per_element == 2 and bits != 6 and rows % side == cols % side == 0
+    is_served = capabilities.ptx and bytes_per_element == 2 and bits != 6 and rows % side == cols % side == 0
     if is_served and block.rows == 1 and block.cols >= 16:
-        heavy = spec.stochastic or (bits == 8 and not spec.symmetric)
-        return PairConfig(side, side, 8 if heavy else 4, 1)
+        by_integers = bits == 8 and not (spec.element.twos_complement or capabilities.cvt_fp8)
+        many_registers = spec.stochastic or (by_integers and not spec.symmetric)
+        return PairConfig(side, side, 8 if many_registers else 4, 1)
     return quantize_config(spec, rows, cols, bytes_per_element, row_contiguous, pair=True)
 
 
 def dequantize_config(spec: MXSpec, rows: int, cols: int) -> CastConfig:
     """For a matrix of `rows` x `cols`."""
-    if spec.block.rows >= 16:
+    if min(spec.block.rows, spec.block.cols) >= 64:
+        config = CastConfig(64, 128, 4, wide=True)
+    elif spec.block.rows >= 16:
         config = CastConfig(32, 256, 4, wide=True) if spec.block.cols >= 16 else CastConfig(32, 128, 1, wide=True)
     elif spec.element.bits == 6:
         config = CastConfig(4, 512, 1, wide=True) if spec.block.rows == 1 else CastConfig(4, 2048, 4, wide=True)
@@ -98,13 +104,13 @@ def fold_config(spec: MXSpec, rows: int, cols: int, turned: bool) -> CastConfig:
     if turned:
         config = CastConfig(32, 512, 4, wide=True) if rows_of_block == 1 else CastConfig(64, 128, 4)
     elif rows_of_block == 1:
-        config = CastConfig(4, 1024, 4, wide=True)
+        config = CastConfig(4, 512, 2, wide=True) if spec.element.bits == 6 else CastConfig(4, 1024, 4, wide=True)
     else:
         config = CastConfig(4, 1024, 2, wide=True) if rows_of_block < 16 else CastConfig(16, 512, 2, wide=True)
     return _fit(config, spec.block.rows, spec.block.cols, rows, cols)
 
 
-def quantize_fold_config(spec: MXSpec, cols: int) -> CastConfig | None:
+def quantize_fold_config(spec: MXSpec, cols: int, bytes_per_element: int) -> CastConfig | None:
     """For contiguous rows of `cols`; None where packing would move elements between threads, as it does of 6 bits.
     A tile has whole rows, where these fill enough of it; else pieces of them, which are read twice, one after the
     other. Pieces are short where blocks are tall, since registers, or shared memory, would not hold more."""
@@ -117,9 +123,11 @@ def quantize_fold_config(spec: MXSpec, cols: int) -> CastConfig | None:
     if tile_cols > most or tile_cols * spec.block.rows > _LARGEST_FOLDED_TILE:
         tile_cols = max(min(tile_cols, 4096 if one_row else 1024), least)
     tile_rows = max(spec.block.rows, 1024 // tile_cols)
+    if spec.block.rows >= 16:
+        tile_cols = min(tile_cols, _TALL_TILE_BYTES // bytes_per_element // tile_rows)
+        num_warps = tile_rows * tile_cols * bytes_per_element // _TALL_WARP_BYTES
+        return CastConfig(tile_rows, tile_cols, max(num_warps, 1), wide=True)
     elements = tile_rows * tile_cols
-    if elements > _LARGEST_FOLDED_TILE:
-        return CastConfig(tile_rows, _LARGEST_FOLDED_TILE // 2 // tile_rows, 8, wide=True)
     per_warp = 2048 if tile_rows == 1 and elements > 8192 else 1024
     return CastConfig(tile_rows, tile_cols, min(max(elements // per_warp, 1), 16), wide=True)
 

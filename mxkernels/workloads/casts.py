@@ -67,7 +67,7 @@ class Quantize(Cast):
         rows, cols = problem.shape
         straight = problem.layout == "rows"
         if _is_pair(problem):
-            return quantize_pair_config(spec, rows, cols, item_bytes, straight, limits.capabilities.ptx)
+            return quantize_pair_config(spec, rows, cols, item_bytes, straight, limits.capabilities)
         return quantize_config(spec, rows, cols, item_bytes, straight, pair=False)
 
     def prepare(self) -> None:
@@ -150,7 +150,8 @@ class Fold(Cast):
 class QuantizeFold(Cast):
     @staticmethod
     def rule(problem: Problem, limits: Limits) -> Config:
-        config = quantize_fold_config(MXSpec.parse(problem.formats), problem.shape[1])
+        item_bytes = getattr(torch, problem.dtype).itemsize
+        config = quantize_fold_config(MXSpec.parse(problem.formats), problem.shape[1], item_bytes)
         if config is None:
             raise ValueError(f"{problem}: only elements of 4 bits are quantised and folded by one kernel")
         return config
