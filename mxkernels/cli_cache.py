@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from tabulate import tabulate
 
-from .arguments import Mistake, Program
+from .arguments import Failed, Mistake, Program
 from .tune import OPS, BrokenTable, Stamp, Table, TableError, cache_directory, load, remove, tables_in
 from .tune.location import SHIPPED, VARIABLE, table_name
 from .tune.table import NoFile, printable, set_aside
@@ -115,7 +115,7 @@ def clear(gpu: str | None, yes: bool) -> None:
         except TableError as error:
             failures.append(str(error))
     if failures:
-        raise Mistake(printable("; ".join(failures)))
+        raise Failed(printable("; ".join(failures)))
 
 
 def _of_gpu(files: list[Path], gpu: str) -> list[Path]:

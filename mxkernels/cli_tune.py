@@ -290,9 +290,12 @@ def _tune(problems: list[Problem], device: torch.device, **options: Any) -> None
         line.clear()
         if results:
             click.echo(results_table(list(results.values())))
-    if all(result.after_us is None for result in results.values()):
+    missing = sum(result.after_us is None for result in results.values())
+    if missing == len(results):
         raise Failed("no problem could be measured, and nothing was stored; the table above says why")
     click.echo(f"Stored in {place}.", err=True)
+    if missing:
+        raise Failed(f"{missing} of {len(results)} problems could not be measured; the table above says why")
 
 
 class ProgressLine:

@@ -252,7 +252,7 @@ def test_clear_leaves_what_is_no_table() -> None:
     assert sorted(path.parent.iterdir()) == sorted([package, *left])
     assert invoke("clear", "--yes").stdout == ""
     result = invoke("clear", "--yes", "--gpu", "folder")
-    assert (result.exit_code, result.stderr) == (2, f"mxkernels: {folder} is a folder; allowed: a file\n")
+    assert (result.exit_code, result.stderr) == (1, f"mxkernels: {folder} is a folder; allowed: a file\n")
     assert invoke("clear", "--yes", "--gpu", "a-package").exit_code == 0
     assert not package.exists()
     assert all(os.path.lexists(each) for each in left)
@@ -271,7 +271,7 @@ def test_clear_goes_on_after_what_cannot_be_deleted(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("mxkernels.cli_cache.remove", refuse)
     result = invoke("clear", "--yes")
     assert [path.exists() for path in paths] == [False, True, False]
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert result.stderr == (
         f"mxkernels: {unreadable} cannot be read: {os.strerror(errno.ELOOP)}; "
         f"{paths[1]} cannot be deleted: Permission denied\n"
@@ -286,7 +286,7 @@ def test_clear_says_what_cannot_be_deleted(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("mxkernels.cli_cache.remove", refuse)
     result = invoke("clear", "--yes")
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert result.stderr == f"mxkernels: {path} cannot be written: Permission denied\n"
 
 

@@ -60,6 +60,18 @@ def test_nothing_measured_is_no_success(h200: Path, monkeypatch: pytest.MonkeyPa
     )
 
 
+def test_what_could_not_be_measured_is_counted(h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest is stored."""
+    monkeypatch.setattr(tuner, "make_runner", fakes.runner_with_little_memory)
+    done = command("--op", "quantize", "--shape", "64x512,64x1024,64x2048", "--jobs", "1")
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-2:] == [
+        f"Stored in {h200}.",
+        "mxkernels: 2 of 3 problems could not be measured; the table above says why",
+    ]
+    assert [key.split(" | ")[-1] for key in tune.load(h200).entries(H200.here("quantize"), "quantize")[0]] == ["64x512"]
+
+
 def test_what_was_measured_is_printed_before_a_write_error(h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk is full when the second result is stored."""
     store, stored = tuner.store, []

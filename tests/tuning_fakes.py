@@ -156,6 +156,17 @@ def runner_without_memory(device: object, limits: object) -> Callable[..., Any]:
     return runner(opens=False)
 
 
+def runner_with_little_memory(device: object, limits: object) -> Callable[..., Any]:
+    """It has none for matrices of more than 512 columns."""
+    return _small
+
+
+def _small(request: str, problem: Problem, *arguments: Any) -> Any:
+    if problem.shape[1] > 512:
+        raise MemoryError("there is no memory for the operands")
+    return _instant(request, problem, *arguments)
+
+
 def runner_of_tall_tiles(device: object, limits: object) -> Callable[..., Any]:
     """For which tiles of one row are wrong."""
     return _tall

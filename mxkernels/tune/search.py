@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 from .config import Config
 from .contest import measure
@@ -156,27 +155,27 @@ def survivors(
 
 
 def _best(task: Task, footprints: dict[Config, Footprint | None], limits: Limits, most: int | None) -> list[Config]:
-    """The configs that the model predicts to be the fastest, after what serves at present, the middle, and the first of
-    every kernel, since the model may be wrong about one. Of those that it takes for alike, one of each kernel comes in
-    turn, the nearer to the middle the earlier."""
-    middle = task.candidates[0]
+    """What serves at present and the middle; the first of every kernel, since the model may be wrong about one; then
+    what the model predicts to be the fastest. Of configs that it takes for alike, one of each kernel comes in turn, the
+    nearer to the middle the earlier."""
     times = {
         config: predicted_us(task.problem, task.work, config, limits, footprint)
         for config, footprint in footprints.items()
     }
     least = min(times.values(), default=0.0)
-
-    def alike(config: Config) -> tuple[bool, int]:
-        return config not in _kept_always(task), int((times[config] / least - 1) / _ALIKE)
-
-    turns: Counter[tuple[Any, ...]] = Counter()
+    kept = [config for config in dict.fromkeys(_kept_always(task)) if config in footprints]
+    others = [config for config in footprints if config not in kept]
+    turns: Counter[tuple[int, type[Config]]] = Counter()
     places = {}
-    for config in sorted(footprints, key=lambda config: steps(config, middle)):
-        turns[alike(config), type(config)] += 1
-        places[config] = (alike(config), turns[alike(config), type(config)])
-    ranked = sorted(places, key=places.__getitem__)
-    first = {type(config): config for config in reversed(ranked)}.values()
-    return sorted(ranked, key=lambda config: not (config in _kept_always(task) or config in first))[:most]
+    for config in sorted(others, key=lambda config: steps(config, task.candidates[0])):
+        alike = int((times[config] / least - 1) / _ALIKE)
+        turns[alike, type(config)] += 1
+        places[config] = alike, turns[alike, type(config)]
+    ranked = [*kept, *sorted(places, key=places.__getitem__)]
+    first: dict[type[Config], Config] = {}
+    for config in ranked:
+        first.setdefault(type(config), config)
+    return list(dict.fromkeys([*kept, *first.values(), *ranked]))[:most]
 
 
 def _kept_always(task: Task) -> tuple[Config, Config]:
