@@ -55,6 +55,7 @@ MEASUREMENTS = {
     "step": "bench/training.py",
     "training": "bench/training.py",
     "tuning": "bench/tuning.py",
+    "new-gpu": "bench/new_gpu.py",
 }
 
 # By name, the arguments of `mxkernels tune` that make a part of the table that is shipped for a GPU: the configs of

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mxkernels import report
 from mxkernels.environment import device_name, environment
+from mxkernels.tune.location import VARIABLE
 
 
 def record(
@@ -44,3 +47,19 @@ def write(rows: list[dict[str, Any]], group: str, results: Path, device: torch.d
     temporary.write_text(report.render("json", environment(device), rows), encoding="utf-8")
     os.replace(temporary, path)
     print(f"wrote {path}")
+
+
+@contextmanager
+def empty_caches() -> Iterator[None]:
+    """Inside, this process and those that it starts have a cache of configs and one of kernels of their own."""
+    names = ("TRITON_CACHE_DIR", VARIABLE)
+    before = {name: os.environ.get(name) for name in names}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        os.environ.update({name: f"{directory}/{name}" for name in names})
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value

@@ -20,9 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,7 +32,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from recording import place, write
+from recording import empty_caches, place, write
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -42,7 +40,6 @@ from mxkernels.environment import digest
 from mxkernels.tune import Choice, Config, Problem
 from mxkernels.tune.contest import Contest, NoOperands
 from mxkernels.tune.limits import Footprint, Limits
-from mxkernels.tune.location import VARIABLE
 from mxkernels.tune.search import (
     BREADTHS,
     COMPILE_S,
@@ -65,7 +62,7 @@ ROUNDS = 3
 FLUSH_US = 150.0  # that emptying the L2 cache takes before each call, about
 BUDGET_S = 60.0  # the tuner's, a problem
 FINALISTS = 4  # of the exhaustive search, since the one with the least median is the luckiest too
-FINAL_ROUNDS, FINAL_SAMPLES = 12, 16
+FINAL_ROUNDS, FINAL_SAMPLES = 48, 4  # short turns: under a product's load clocks come and go within tenths of a second
 FREE_CORES = 2  # for this process and the one that times
 
 E2M1 = "e2m1 1x32 rtne even symmetric"
@@ -342,22 +339,6 @@ def reached(recorded: Sequence[Row]) -> list[str]:
         f"{count('shipped_over_pruned', 1.03, shipped)} shipped configs within 3 % of a fresh one",
         f"{count('rule_over_best', 1.15)} of the rule's within 15 % of the best",
     ]
-
-
-@contextmanager
-def empty_caches() -> Iterator[None]:
-    """Inside, this process and those that it starts have a cache of configs and one of kernels of their own."""
-    names = ("TRITON_CACHE_DIR", VARIABLE)
-    before = {name: os.environ.get(name) for name in names}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
-        os.environ.update({name: f"{directory}/{name}" for name in names})
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name)
-                if value is not None:
-                    os.environ[name] = value
 
 
 class Lines:

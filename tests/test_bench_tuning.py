@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +19,11 @@ pytest.importorskip("triton", reason="kernels need Triton")
 import torch
 import tuning_fakes as fakes
 from click.testing import CliRunner
-from tuned import DEVICE, H200
+from tuned import DEVICE, H200, cast, entry, install
 
 from mxkernels import cli_tune, tune, tuner
 from mxkernels.cli import cli
-from mxkernels.tune import CastConfig, Choice, Problem, contest
+from mxkernels.tune import CastConfig, Choice, Problem, contest, location
 from mxkernels.tune.limits import Limits
 from mxkernels.tune.task import Task
 from mxkernels.tuner import autotune
@@ -120,12 +123,47 @@ def test_what_the_tuner_has_reached(measurements: Any) -> None:
 
 def test_measurements_use_no_caches(measurements: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
-    monkeypatch.delenv(measurements.VARIABLE, raising=False)
+    monkeypatch.delenv(location.VARIABLE, raising=False)
     with measurements.empty_caches():
         assert tune.cache_directory() != Path(os.environ["TRITON_CACHE_DIR"]) != Path("/mine")
         assert not tune.cache_directory().exists()
     assert os.environ["TRITON_CACHE_DIR"] == "/mine"
-    assert measurements.VARIABLE not in os.environ
+    assert location.VARIABLE not in os.environ
+
+
+def test_the_measurement_of_a_new_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each command is a process that knows no shipped table; its row says what it stored, and in how long."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import new_gpu
+
+    install(monkeypatch, tmp_path)
+    called = []
+
+    def run(command: list[str]) -> Any:
+        called.append(command[-3:])
+        listed = subprocess.run([*command[:-3], "cache", "list"], check=True, capture_output=True, text=True)
+        assert listed.stdout == "Nothing is stored.\n"  # nor shipped
+        if command[-1] == "0s":
+            return SimpleNamespace(returncode=2)
+        found = {1: 2.0, 2: 1.0, 3: 1.02}
+        store = {fakes.problem(each).key: replace(entry(cast(0)), before_us=gain) for each, gain in found.items()}
+        tune.store(store, H200.here("quantize"))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(new_gpu, "subprocess", SimpleNamespace(run=run))
+    row = new_gpu.row("tune --budget 3s", DEVICE)
+    assert called == [["tune", "--budget", "3s"]]
+    assert row.pop("seconds") > 0
+    assert row == {
+        "command": "mxkernels tune --budget 3s",
+        "exit_status": 0,
+        "problems": 3,
+        "median_gain": 1.02,
+        "largest_gain": 2.0,
+        "gained_3_percent": 1,
+    }
+    with pytest.raises(SystemExit, match="tune --budget 0s stored nothing: it ended with 2"):
+        new_gpu.row("tune --budget 0s", DEVICE)
 
 
 def test_the_progress_of_the_measurements(

@@ -71,6 +71,14 @@ def test_readme_command_lines_parse() -> None:
         assert {argument for argument in arguments if argument.startswith("--")} <= known
 
 
+def test_a_new_gpu_is_timed_as_the_readme_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import new_gpu
+
+    lines = {" ".join(words[1:]) for words in commands("README.md") if words[0] == "mxkernels"}
+    assert set(new_gpu.COMMANDS) <= lines
+
+
 def test_make_bench_is_the_main_job() -> None:
     line = next(words for words in commands("README.md") if words[0] == "mxkernels")
     assert f"{' '.join(line)}\n" in read("Makefile")
